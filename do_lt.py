@@ -1,0 +1,807 @@
+# SPDX-License-Identifier: MIT
+"""DO: Decoupled Optimisation for Long-Tailed Visual Recognition (Cong et al., AAAI 2024, 38(2), 1380-1388), in one file.
+
+A network is trained in stages, for many-, medium- and few-shot classes, each with its own draws and margin (CPO). After a stage a
+Taylor score decides which weights the stage keeps, frozen; the others start afresh in the next (TPD). The nested sub-models are
+mixed with weights found for each test image.
+
+    python do_lt.py --dataset synth                                            a minute on two CPU cores
+    python do_lt.py --dataset cifar100 --imb 100 --data-root data              the paper's CIFAR-100-LT recipe
+    python do_lt.py --dataset cifar100 --imb 100 --resume                      go on after an interruption
+"""
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, augment, channel_stats, class_groups, crop_flip,
+                     expected_calibration_error, group_accuracy, load_dataset, normalize, show)
+from models import (OWNER, add_owner_masks, build_model, fast_bf16, keep_memory, keep_stage_norms, load_checkpoint, pick_device,
+                    save_checkpoint, submodel_state, weight_layers, write_atomic)
+
+# The paper's values ("Implementation Details"); every one is a flag. One number a stage where there are several.
+RECIPES = {
+    "cifar100": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.005,0.005", rho=0.7, gamma="0.5,0.8"),
+    "cifar100 imb 50": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.005,0.005", rho=0.7, gamma="0.5,0.6"),
+    "cifar10": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.005,0.005", rho=0.7, gamma="0.5,0.8"),
+    "synth": dict(arch="resnet32", epochs="12,6,6", lr="0.1,0.05,0.05", rho=0.7, gamma="0.5,0.8", batch_size=64),
+    "folder": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.002,0.002", rho=0.8, gamma="0.5,0.8"),
+}
+
+
+# -------------------------------------------------------------------------------------- the paper's equations, one function each
+
+def stage_classes(counts, stage):
+    """Class indices of a stage's group: many > 100, medium 20..100, few < 20 training images; medium-top and medium-low split
+    medium at 50 (Table 6). counts: (K,)."""
+    counts = np.asarray(counts)
+    groups = class_groups(counts)
+    if stage in groups:
+        return groups[stage]
+    medium = groups["medium"]
+    return {"medium-top": medium[counts[medium] >= 50], "medium-low": medium[counts[medium] < 50]}[stage]
+
+
+def stage_class_probs(counts, stage, rho, few="balanced"):
+    """P(class drawn) in a stage, float array (K,), sums to 1 (Eq. 1 and the text above it).
+
+    many: ~ N_c. medium: ~ rho for medium classes, 1 - rho for the others. few: every class alike ("balanced": the paper's 1 / N_y as
+    a weight of each image) or ~ 1 / N_c ("inverse").
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    if stage == "many":
+        probs = counts
+    elif stage == "few":
+        probs = np.ones_like(counts) if few == "balanced" else 1 / counts
+    else:
+        probs = np.full_like(counts, 1 - rho)
+        probs[stage_classes(counts, stage)] = rho
+    return probs / probs.sum()
+
+
+def compensation_alpha(counts, stage, rho):
+    """alpha_t by class, float array (K,) (Eq. 3). many: 1. medium: rho for medium classes, 1 - rho for the others (the paper's scalar
+    rho cancels in the softmax). few: the label frequencies in reverse order, the rarest class gets the largest."""
+    counts = np.asarray(counts, dtype=np.float64)
+    if stage == "many":
+        return np.ones_like(counts)
+    if stage == "few":
+        order = np.argsort(-counts, kind="stable")
+        alpha = np.empty_like(counts)
+        alpha[order] = np.sort(counts) / counts.sum()
+        return alpha
+    alpha = np.full_like(counts, 1 - rho)
+    alpha[stage_classes(counts, stage)] = rho
+    return alpha
+
+
+def compensation_loss(logits, target, log_alpha):
+    """CE(f(x) - log alpha_t, y), the mean over the batch (Eq. 2). logits: n x K; target: int (n,); log_alpha: (K,)."""
+    return F.cross_entropy(logits.float() - log_alpha, target)
+
+
+def taylor_importance(weights, class_losses, kind="taylor", generator=None):
+    """Importance of each weight to a group of classes, a list of tensors shaped like `weights`.
+
+    class_losses: iterable of scalars L_y, the loss averaged over images of one class y, each with its graph (a generator keeps one
+    in memory at a time). "taylor": mean over classes of (w dL_y/dw)^2 ("Methodology"); "fisher": of (dL_y/dw)^2; "l1": |w|;
+    "random": uniform (from `generator`). l1 and random look at no loss.
+    """
+    if kind == "l1":
+        return [w.detach().abs() for w in weights]
+    if kind == "random":
+        return [torch.rand(w.shape, generator=generator).to(w.device) for w in weights]
+    scores, n = [torch.zeros_like(w) for w in weights], 0
+    for loss in class_losses:
+        grads = torch.autograd.grad(loss, weights)
+        for score, w, g in zip(scores, weights, grads):
+            score += (g * w.detach() if kind == "taylor" else g) ** 2
+        n += 1
+    return [score / max(n, 1) for score in scores]
+
+
+def gradual_ratio(step, dt, g0, g1):
+    """Share pruned after `step` of `dt` steps from ratio g0 to g1, fast at first (Eq. 4; Zhu and Gupta 2017)."""
+    return g1 + (g0 - g1) * (1 - step / dt) ** 3
+
+
+def simplex_grid(T, n):
+    """All points of the simplex whose T coordinates are multiples of 1 / n: float tensor G x T."""
+    bars = np.array(list(combinations(range(n + T - 1), T - 1)), dtype=np.int64).reshape(-1, T - 1)
+    edges = np.concatenate([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), n + T - 1)], 1)
+    return torch.from_numpy(np.diff(edges, axis=1) - 1).float() / n
+
+
+def view_grams(p1, p2):
+    """Inner products of the T sub-models' predictions: (between the views, within view 1, within view 2), each U x T x T.
+    All that Eq. 5 needs of the predictions. p1, p2: T x U x K."""
+    return tuple(torch.einsum("tuk,suk->uts", a, b) for a, b in ((p1, p2), (p1, p1), (p2, p2)))
+
+
+def view_cosine(grams, lam):
+    """Cosine similarity of the two mixed predictions (Eq. 5). lam: G x T, the same for all images, or U x G x T -> U x G."""
+    form = "uts,gt,gs->ug" if lam.dim() == 2 else "uts,ugt,ugs->ug"
+    between, first, second = (torch.einsum(form, g, lam, lam) for g in grams)
+    return between / (first * second).sqrt().clamp_min(1e-12)
+
+
+def refine(grams, lam, step, rounds, mean):
+    """Walk to better neighbours on ever finer simplex lattices, all images at once. lam: U x T (mean: 1 x T, one for all images)."""
+    T = lam.shape[1]
+    eye = torch.eye(T, device=lam.device)
+    moves = torch.cat([torch.zeros(1, T, device=lam.device), (eye[:, None] - eye[None]).view(-1, T)])
+    for i in range(rounds):
+        near = lam[:, None] + moves * step / 2 ** (i // 2 + 1)  # U x G x T, each step size twice
+        value = view_cosine(grams, near.expand(len(grams[0]), -1, -1))
+        value = value.mean(0, keepdim=True) if mean else value
+        value = value.masked_fill((near < -1e-6).any(2), -math.inf)
+        lam = near[torch.arange(len(lam), device=lam.device), value.argmax(1)].clamp_min(0)
+    return lam / lam.sum(1, keepdim=True)
+
+
+def instance_weights(p1, p2, grams=None):
+    """lambda of each test image: the point of the simplex where its two mixed predictions agree best (Eq. 5).
+
+    p1, p2: predictions of T sub-models for two views, T x U x K probabilities -> lambda, U x T, rows summing to 1.
+    The objective depends on T x T inner products alone, so the whole simplex is searched: a lattice of 1/20 (T = 4: 1/10), then finer
+    ones around its best point. No gradient, no step size, no pass of the network.
+    """
+    grams = view_grams(p1, p2) if grams is None else grams
+    n = 20 if grams[0].shape[1] <= 3 else 10
+    grid = simplex_grid(grams[0].shape[1], n).to(grams[0])
+    return refine(grams, grid[view_cosine(grams, grid).argmax(1)], 1 / n, 10, mean=False)
+
+
+def group_weights(p1, p2, grams=None):
+    """One lambda for the whole test set, 1 x T: best mean agreement of the views (as SADE does; Zhang et al., NeurIPS 2022)."""
+    grams = view_grams(p1, p2) if grams is None else grams
+    n = 20 if grams[0].shape[1] <= 3 else 10
+    grid = simplex_grid(grams[0].shape[1], n).to(grams[0])
+    return refine(grams, grid[view_cosine(grams, grid).mean(0).argmax()][None], 1 / n, 10, mean=True)
+
+
+# ------------------------------------------------------------------------------------------------------- batches and predictions
+
+def batches(env, indices, key, kind):
+    """Augmented training batches (x float n x 3 x H x W, y int (n,)) in the order of `indices`; `key` (a list of ints) fixes the
+    augmentation. Images are augmented 16 batches at a time: per-image operations cost less in large groups."""
+    rng, size = np.random.default_rng(key), env.args.batch_size
+    indices = torch.from_numpy(np.asarray(indices)).to(env.device)
+    if len(indices) > size and len(indices) % size == 1:
+        indices = indices[:-1]  # BatchNorm cannot train on a single image
+    for chunk in indices.split(16 * size):
+        x = augment(env.images[chunk].permute(0, 3, 1, 2), rng, kind)
+        for xb, yb in zip(x.split(size), env.labels[chunk].split(size)):
+            yield normalize(xb, env.mean, env.std), yb
+
+
+def logits_of(model, x, env):
+    """Forward pass in the run's precision; float32 logits."""
+    with torch.autocast(env.device.type, torch.bfloat16, enabled=env.bf16):
+        return model(x).float()
+
+
+@torch.no_grad()
+def predict(model, images, env, views=0):
+    """Softmax of the images and of `views` random crop-and-flip views of each, (1 + views) x N x K on the device. The views depend on
+    the run's seed alone, so every model sees the same. images: uint8 array N x H x W x 3."""
+    model.eval()
+    out = torch.empty(1 + views, len(images), env.num_classes, device=env.device)
+    for start in range(0, len(images), 512):
+        x = torch.from_numpy(images[start:start + 512]).to(env.device).permute(0, 3, 1, 2)
+        for v in range(1 + views):
+            rng = np.random.default_rng([env.args.seed, 3, v, start])
+            view = x if v == 0 else crop_flip(x, rng, x.shape[-1] // 8)
+            out[v, start:start + len(x)] = logits_of(model, normalize(view, env.mean, env.std), env).softmax(1)
+    return out
+
+
+def accuracy(probs, split, env):
+    """group_accuracy of N x K probabilities on a split."""
+    return group_accuracy(probs.argmax(1).cpu(), split.labels, env.counts)
+
+
+# ------------------------------------------------------------------------------------------------------------------- training
+
+def trainable_masks(model, alive=None):
+    """[(weight, mask)] for the layers with frozen weights: mask 1 where a weight is trained now. alive: {name: bool tensor}, False for
+    weights that TPD has pruned. Empty in stage 1, where everything trains."""
+    pairs = []
+    for name, layer in weight_layers(model).items():
+        mask = getattr(layer, OWNER) == 0
+        if alive is not None:
+            mask = mask & alive[name]
+        if not mask.all():
+            pairs.append((layer.weight, mask.to(layer.weight.dtype)))
+    return pairs
+
+
+def train(model, optimizer, rate, weight_decay, data, log_alpha, masks, env):
+    """One pass over `data`, batches of (x, y), with SGD; returns sums on the device: loss, (3, K): drawn, correct per class.
+
+    rate: learning rate of each step (iterable). Weight decay is added to the gradient here and not in the optimiser, and the gradient
+    of frozen weights is zeroed after it: their momentum stays 0 and SGD leaves them bit for bit as they are.
+    """
+    model.train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    frozen, keep = [w for w, _ in masks], [m for _, m in masks]
+    loss_sum = torch.zeros((), device=env.device)
+    tally = torch.zeros(2, env.num_classes, device=env.device)
+    for (x, y), lr in zip(data, rate):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logits = logits_of(model, x, env)
+        loss = compensation_loss(logits, y, log_alpha)
+        optimizer.zero_grad()
+        loss.backward()
+        torch._foreach_add_([p.grad for p in params], params, alpha=weight_decay)
+        if frozen:
+            torch._foreach_mul_([w.grad for w in frozen], keep)
+        optimizer.step()
+        with torch.no_grad():  # progress, without asking the device
+            loss_sum += loss.detach() * len(y)
+            tally[0].index_add_(0, y, torch.ones_like(y, dtype=torch.float32))
+            tally[1].index_add_(0, y, (logits.argmax(1) == y).float())
+    return loss_sum, tally
+
+
+def make_optimizer(model, lr):
+    """SGD with momentum 0.9; weight decay is added in `train`, where frozen weights are spared."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model, data, env):
+    """Replace BatchNorm's running statistics by the mean over the batches of `data`."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative mean
+    model.train()
+    for x, _ in data:
+        logits_of(model, x, env)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+
+
+def class_losses(model, classes, cap, log_alpha, env):
+    """L_y, the loss averaged over at most `cap` training images of class y, for each of `classes` (a generator, graphs attached)."""
+    model.eval()
+    order = np.argsort(env.labels_np, kind="stable")
+    ends = np.cumsum(env.counts)
+    for c in classes:
+        idx = torch.from_numpy(order[ends[c] - env.counts[c]:ends[c]][:cap]).to(env.device)
+        x = normalize(env.images[idx].permute(0, 3, 1, 2), env.mean, env.std)
+        yield compensation_loss(logits_of(model, x, env), env.labels[idx], log_alpha)
+
+
+def prune_to(model, alive, ratio, scores):
+    """Zero the lowest-scored weights until `ratio` of the free ones (owner 0) is pruned; ranks all layers together. Updates `alive`."""
+    layers = weight_layers(model)
+    free = {n: getattr(m, OWNER) == 0 for n, m in layers.items()}
+    flat = torch.cat([s.masked_fill(~alive[n], -1.0)[free[n]] for (n, s) in zip(layers, scores)])  # pruned ones stay lowest
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    keep[flat.argsort(stable=True)[:round(ratio * len(flat))]] = False
+    with torch.no_grad():
+        for part, (name, layer) in zip(keep.split([int(f.sum()) for f in free.values()]), layers.items()):
+            alive[name][free[name]] = part
+            layer.weight.mul_(alive[name] | ~free[name])
+
+
+def decouple(model, t, stage, gammas, env, measure=None):
+    """Taylor-guided Parameter Decoupling: prune the free weights to each ratio of `gammas` in turn, gradually, retraining in between.
+
+    Returns [(ratio, measure(), snapshot)], the network's state at each ratio. The last state stays in the model.
+    """
+    args, dt = env.args, env.args.tpd_steps
+    layers = weight_layers(model)
+    alive = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in layers.items()}
+    classes, log_alpha, probs = env.stages[stage]
+    total = dt * args.tpd_iters * len(gammas)
+    sampler = ClassSampler(env.labels_np, probs, total * args.batch_size, env.args.seed * 1000 + t)
+    sampler.set_epoch(10 ** 6)  # draws of their own
+    draws = sampler.indices().reshape(len(gammas), dt, -1)
+    rate = [args.tpd_lr * 0.5 * (1 + math.cos(math.pi * i / (dt * args.tpd_iters))) for i in range(dt * args.tpd_iters)]
+    random = torch.Generator().manual_seed(args.seed * 1000 + t)
+    curve, before = [], 0.0
+    for i, gamma in enumerate(gammas):
+        optimizer = make_optimizer(model, args.tpd_lr)
+        for step in range(1, dt + 1 if gamma > 0 else 1):
+            scores = taylor_importance([m.weight for m in layers.values()],
+                                       class_losses(model, classes, args.importance_images, log_alpha, env), args.importance, random)
+            prune_to(model, alive, gradual_ratio(step, dt, before, gamma), scores)
+            data = batches(env, draws[i, step - 1], [args.seed, t, 2, i, step], args.aug)
+            train(model, optimizer, rate[(step - 1) * args.tpd_iters:step * args.tpd_iters], args.weight_decay, data, log_alpha,
+                  trainable_masks(model, alive), env)
+        if gamma > 0:
+            reestimate_batchnorm(model, batches(env, draws[i].ravel()[:40 * args.batch_size], [args.seed, t, 3, i], args.aug), env)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        curve.append((gamma, measure() if measure else None, state, {n: a.clone() for n, a in alive.items()}))
+        before = gamma
+    return curve
+
+
+def last_ratio_before_largest_drop(ratios, accuracies):
+    """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls most."""
+    drops = np.array(accuracies[:-1]) - np.array(accuracies[1:])
+    return ratios[int(drops.argmax())]
+
+
+def keep_and_restart(model, t, alive, generator, scale):
+    """What TPD kept becomes stage t's (owner t, frozen); the pruned weights are drawn afresh (Kaiming normal, times `scale`)."""
+    with torch.no_grad():
+        for name, layer in weight_layers(model).items():
+            owner = getattr(layer, OWNER)
+            free = owner == 0
+            owner[free & alive[name]] = t
+            fresh = torch.randn(layer.weight.shape, generator=generator).to(layer.weight) * scale * math.sqrt(2 / layer.weight[0].numel())
+            layer.weight.copy_(torch.where(owner == 0, fresh, layer.weight))
+
+
+# ----------------------------------------------------------------------------------------------------------------- test time
+
+def mix(probs, lam):
+    """Weighted sum of the sub-models' predictions. probs: T x U x K; lam: U x T or 1 x T -> U x K."""
+    return torch.einsum("tuk,ut->uk", probs, lam.expand(probs.shape[1], -1))
+
+
+def aggregate(probs, split, env):
+    """The three mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K, view 0 clean.
+
+    Every prediction is the mean over the clean image and its views. lambda is found from the first two random views.
+    """
+    T = len(probs)
+    mean_views = probs.mean(1)
+    start = time.perf_counter()
+    grams = view_grams(probs[:, 1], probs[:, 2])
+    lam = {"instance": instance_weights(None, None, grams), "group": group_weights(None, None, grams),
+           "mean": torch.full((1, T), 1 / T, device=probs.device)}
+    if env.device.type == "cuda":
+        torch.cuda.synchronize()
+    result = {"weights_seconds": time.perf_counter() - start, "aggregations": {}, "lambda_by_group": {}}
+    for name, weights in lam.items():
+        mixed = mix(mean_views, weights)
+        acc = accuracy(mixed, split, env)
+        ece = expected_calibration_error(mixed, torch.from_numpy(split.labels).to(mixed.device))
+        result["aggregations"][name] = acc | {"ece": ece}
+    groups = class_groups(env.counts)
+    for name, classes in groups.items():
+        chosen = lam["instance"].cpu().numpy()[np.isin(split.labels, classes)]
+        result["lambda_by_group"][name] = [float(v) for v in chosen.mean(0)] if len(chosen) else None
+    result["group_lambda"] = [float(v) for v in lam["group"][0]]
+    result["alone"] = [accuracy(p, split, env) for p in mean_views]
+    hits = (mean_views.argmax(2).cpu().numpy() == split.labels)  # T x N
+    expert = np.zeros(len(env.counts), dtype=np.int64)  # the sub-model whose stage covers the class
+    for t, (stage, (classes, _, _)) in enumerate(env.stages.items()):
+        expert[classes] = t
+    oracle = mean_views[torch.from_numpy(expert[split.labels]).to(probs.device), torch.arange(len(split), device=probs.device)]
+    result["oracle_by_true_group"] = accuracy(oracle, split, env)
+    result["at_least_one_right"] = float(100 * hits.any(0).mean())
+    return result
+
+
+def importance_by_group(model, env):
+    """Mean Taylor importance of a weight to each class group (Fig. 1b): {"many", "medium", "few"}, None for an empty group."""
+    result, log_alpha = {}, torch.zeros(env.num_classes, device=env.device)
+    for name, classes in class_groups(env.counts).items():
+        weights = [m.weight for m in weight_layers(model).values()]
+        scores = taylor_importance(weights, class_losses(model, classes, env.args.importance_images, log_alpha, env))
+        result[name] = float(sum(s.double().sum() for s in scores)) / sum(s.numel() for s in scores) if len(classes) else None
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------- reports
+
+def row(label, acc):
+    """One aligned line of a table by group."""
+    return f"{label:34}" + "".join(f"{show(acc[g]):>8}" for g in (*GROUPS, "all"))
+
+
+def print_report(report, counts):
+    """The tables of the paper, from the figures of this run."""
+    head = f"{'':34}" + "".join(f"{g:>8}" for g in (*GROUPS, "all"))
+    print(f"\nSub-models on the clean test images (the paper's Table 7)\n{head}")
+    for entry in report["submodels"]:
+        print(row(f"stage {entry['stage']} ({entry['group']}) after {entry['after'].upper()}", entry["acc"]))
+    test = report["test"]
+    views = report["views"]
+    print(f"\nMean over the clean image and {views} crop-and-flip views\n{head}")
+    print(row("stage 1: plain cross-entropy", report["bar"]["test"]["ce"]))
+    print(row("  + logit adjustment (the bar)", report["bar"]["test"]["ce_la"]))
+    for t, acc in enumerate(test["alone"], 1):
+        print(row(f"sub-model {t} alone", acc))
+    for name in ("instance", "group", "mean"):
+        print(row(f"DO, {name} weights", test["aggregations"][name]))
+    print(row("(diagnosis) oracle by true group", test["oracle_by_true_group"]))
+    print(f"{'(diagnosis) a sub-model is right':34}{'':24}{test['at_least_one_right']:8.1f}")
+    print("\nMean lambda of the instance weights by class group (Table 9), one column a sub-model")
+    for name, lam in test["lambda_by_group"].items():
+        print(f"{name:10}" + ("".join(f"{v:8.2f}" for v in lam) if lam else "       -"))
+    print("\nMean Taylor importance of a weight by class group (Fig. 1b)")
+    for label, values in report["importance_by_group"].items():
+        print(f"{label:34}" + "".join(f"{values[g]:10.2e}" if values[g] is not None else f"{'-':>10}" for g in GROUPS))
+    for stage, curve in report["pruning_curve"].items():
+        print(f"\nPruning curve of stage {stage} on the validation split (Fig. 4): ratio pruned, accuracy of the stage's classes")
+        print("  ".join(f"{g:.1f}: {a:.1f}" for g, a in curve))
+
+
+def draw_figures(report, out):
+    """The same as pictures, when matplotlib is installed."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("no figures: pip install matplotlib to have them drawn")
+        return
+    x, width = np.arange(len(GROUPS)), 0.8
+
+    def bars(name, title, series):
+        plt.figure(figsize=(6, 3))
+        for i, (label, values) in enumerate(series.items()):
+            plt.bar(x + width * (i + 0.5) / len(series) - width / 2, [v or 0 for v in values], width / len(series), label=label)
+        plt.xticks(x, GROUPS)
+        plt.title(title)
+        plt.legend(fontsize=7)
+        plt.tight_layout()
+        plt.savefig(out / name, dpi=120)
+        plt.close()
+    lam = report["test"]["lambda_by_group"]
+    T = len(report["test"]["alone"])
+    bars("lambda_by_group.png", "mean instance weight by class group",
+         {f"sub-model {t + 1}": [lam[g][t] if lam[g] else 0 for g in GROUPS] for t in range(T)})
+    bars("importance_by_group.png", "mean Taylor importance of a weight by class group",
+         {label: [values[g] for g in GROUPS] for label, values in report["importance_by_group"].items()})
+    if report["pruning_curve"]:
+        plt.figure(figsize=(6, 3))
+        for stage, curve in report["pruning_curve"].items():
+            plt.plot([100 * g for g, _ in curve], [a for _, a in curve], marker="o", label=f"stage {stage}")
+        plt.xlabel("% pruned")
+        plt.ylabel("validation accuracy of the stage's classes, %")
+        plt.legend()
+        plt.tight_layout()
+        plt.savefig(out / "pruning_curve.png", dpi=120)
+        plt.close()
+
+
+def write_json(path, value):
+    """Write JSON to a temporary file, then rename."""
+    write_atomic(path, lambda tmp: Path(tmp).write_text(json.dumps(value, indent=1)))
+
+
+def write_log(path, rows):
+    """log.csv, one row an epoch."""
+    def write(tmp):
+        with open(tmp, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    write_atomic(path, write)
+
+
+def git_commit():
+    """Commit of the script's folder, with "+" when files differ from it; "unknown" outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = [subprocess.run(["git", *c], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+               for c in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])]
+        return run[0] + ("+" if run[1] else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags and main
+
+def parse_args(argv=None):
+    """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
+    parser = argparse.ArgumentParser(description="Decoupled Optimisation for long-tailed recognition",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--aug", choices=["strong", "basic", "none"], default="strong", help="basic: crop and flip; strong: + RandAugment, Cutout")
+    model = parser.add_argument_group("model and optimiser (defaults by dataset: RECIPES)")
+    model.add_argument("--arch", help="resnet32, resnet50, resnet152 or another torchvision classifier")
+    model.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    model.add_argument("--epochs", help="one number a stage, as 100,50,50")
+    model.add_argument("--lr", help="one number a stage, as 0.05,0.005,0.005")
+    model.add_argument("--schedule", help="one word a stage: cosine (to 0) or constant", default="cosine")
+    model.add_argument("--batch-size", type=int)
+    model.add_argument("--weight-decay", type=float, default=5e-4)
+    method = parser.add_argument_group("method")
+    method.add_argument("--order", default="many,medium,few", help="the stages: also many,few or many,medium-top,medium-low,few")
+    method.add_argument("--rho", type=float, help="how strongly medium classes are drawn in their stage")
+    method.add_argument("--gamma", help="share pruned after each stage but the last, as 0.5,0.8; or auto")
+    method.add_argument("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage")
+    method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights")
+    method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most")
+    method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt)")
+    method.add_argument("--tpd-iters", type=int, default=10, help="retraining iterations after each of them (the paper: 1)")
+    method.add_argument("--tpd-lr", type=float, default=0.01, help="rate of that retraining, cosine to 0")
+    method.add_argument("--reinit", type=float, default=1.0, help="scale of the fresh weights; 0 starts them at zero")
+    method.add_argument("--agg", choices=["instance", "group", "mean"], default="instance", help="the mixture that is reported as the result")
+    method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one")
+    system = parser.add_argument_group("system")
+    system.add_argument("--seed", type=int, default=0)
+    system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    system.add_argument("--out", help="folder of the run (default runs/NAME)")
+    system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    system.add_argument("--stage1", metavar="FILE", help="begin behind stage 1 with another run's stage1.pt (same data, seed, stage 1)")
+    system.add_argument("--export", action="store_true", help="write each sub-model as a plain state dict")
+    args = parser.parse_args(argv)
+
+    path_given = args.dataset not in RECIPES
+    recipe = dict(RECIPES["folder" if path_given and not args.dataset.endswith(".npz") else "cifar100" if path_given else args.dataset])
+    if args.dataset == "cifar100" and args.imb == 50:
+        recipe = dict(RECIPES["cifar100 imb 50"])
+    for key, value in ({"batch_size": 256} | recipe).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.imb is None and args.dataset in ("cifar10", "cifar100") and args.imb_type != "keep":
+        args.imb = 100.0
+    known = ("many", "medium", "medium-top", "medium-low", "few")
+    args.order = args.order.split(",")
+    if set(args.order) - set(known) or len(set(args.order)) != len(args.order) or {"medium", "medium-top"} <= set(args.order):
+        raise InputError(f"--order {','.join(args.order)}: name each stage once, of {', '.join(known)}")
+    T = len(args.order)
+
+    def per_stage(flag, kind, n=T):
+        values = getattr(args, flag).split(",")
+        try:
+            values = [kind(v) for v in values]
+        except ValueError:
+            raise InputError(f"--{flag} {getattr(args, flag)}: give numbers with commas between") from None
+        if len(values) > 1 and len(values) < n:
+            raise InputError(f"--{flag} {getattr(args, flag)}: {len(values)} values for {n}; give one, or one a stage")
+        setattr(args, flag, (values * n if len(values) == 1 else values)[:n])
+    per_stage("epochs", int)
+    per_stage("lr", float)
+    per_stage("schedule", str)
+    if args.gamma != "auto":
+        per_stage("gamma", float, max(T - 1, 1))
+        if not all(0 < g < 1 for g in args.gamma):
+            raise InputError(f"--gamma {args.gamma}: shares pruned lie between 0 and 1, exclusive; or auto")
+    if not 0 < args.rho < 1:
+        raise InputError(f"--rho {args.rho:g}: must lie between 0 and 1, exclusive")
+    if min(args.epochs) < 1 or args.batch_size < 2 or min(args.lr) <= 0:
+        raise InputError("--epochs and --lr must be positive, --batch-size at least 2")
+    if set(args.schedule) - {"cosine", "constant"}:
+        raise InputError(f"--schedule {','.join(args.schedule)}: cosine or constant")
+    if args.views < 2:
+        raise InputError(f"--views {args.views}: the instance weights compare two random views; give 2 or more")
+    if args.out is None:
+        name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if args.imb else "")
+        args.out = f"runs/do_{name}_{args.arch}_seed{args.seed}"
+    return args
+
+
+# flags that may differ between a checkpoint and the run that goes on from it
+FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "device", "data_root"}
+STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "batch_size", "weight_decay", "seed", "precision"}
+
+
+def check_same_run(saved, args, path, stage1_only):
+    """Raise InputError when the checkpoint's flags are not this run's (for --stage1: those that shaped stage 1)."""
+    now = vars(args)
+    for key in sorted(STAGE1_FLAGS if stage1_only else set(now) - FREE_FLAGS):
+        if saved.get(key) != now[key]:
+            raise InputError(f"{path} is of another run: --{key.replace('_', '-')} was {saved.get(key)}, now {now[key]}; "
+                             "give the same flags or another --out")
+    if stage1_only and any(saved[k][0] != now[k][0] for k in ("order", "epochs", "lr", "schedule")):
+        raise InputError(f"--stage1 {path}: its stage 1 had another --order, --epochs, --lr or --schedule")
+
+
+def main(argv=None):
+    """Train, decouple, aggregate, evaluate: the whole method in the paper's order."""
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    keep_memory()
+    torch.set_flush_denormal(True)
+
+    # ---- data
+    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size)
+    counts, groups = data.counts, class_groups(data.counts)
+    print(f"{data.name} from {data.source}: {data.num_classes} classes, {len(data.train):,} train ({counts.max()}..{counts.min()} a class), "
+          f"{len(data.val):,} val, {len(data.test):,} test; " + ", ".join(f"{len(c)} {g}" for g, c in groups.items()))
+    for stage in list(args.order):
+        if len(stage_classes(counts, stage)) == 0:
+            at = args.order.index(stage)
+            print(f"warning: no class is {stage}; its stage is left out")
+            for values in (args.order, args.epochs, args.lr, args.schedule):
+                values.pop(at)
+    if args.gamma == "auto" and not len(data.val):
+        raise InputError("--gamma auto measures on a validation split and this dataset has none; give numbers, as 0.5,0.8")
+    if args.gamma != "auto":
+        args.gamma = args.gamma[:max(len(args.order) - 1, 0)]
+    T = len(args.order)
+    mean, std = (v.to(device) for v in channel_stats(data.train.images))
+    env = argparse.Namespace(
+        args=args, device=device, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+        images=torch.from_numpy(data.train.images).to(device), labels=torch.from_numpy(data.train.labels).to(device),
+        labels_np=data.train.labels, counts=counts, num_classes=data.num_classes, mean=mean, std=std,
+        stages={s: (stage_classes(counts, s), torch.from_numpy(np.log(compensation_alpha(counts, s, args.rho))).float().to(device),
+                    stage_class_probs(counts, s, args.rho, args.few_sampling)) for s in args.order})
+
+    # ---- model, and where an interrupted run stood
+    torch.manual_seed(args.seed)
+    model = add_owner_masks(build_model(args.arch, data.num_classes, args.pretrained)).to(device, memory_format=torch.channels_last)
+    out = Path(args.out)
+    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {'bf16' if env.bf16 else 'fp32'}, "
+          f"batch {args.batch_size}, seed {args.seed}, split seed {args.split_seed}; writes {out}", flush=True)
+    t, epoch, optimizer_state = 1, 0, None
+    report = {"submodels": [], "bar": {}, "importance_by_group": {}, "pruning_curve": {}, "gammas": [], "log": [], "train_seconds": 0.0,
+              "images": 0}
+    state = None
+    if args.resume:
+        state = load_checkpoint(out / "last.pt", device)
+        if state is None:
+            print(f"nothing to resume in {out}: starting from the beginning")
+        else:
+            check_same_run(state["args"], args, out / "last.pt", stage1_only=False)
+    elif (out / "last.pt").exists():
+        raise InputError(f"--out {out} holds a run: add --resume to go on with it, or give another folder, or delete it")
+    if state is None and args.stage1:
+        state = load_checkpoint(args.stage1, device)
+        if state is None:
+            raise InputError(f"--stage1 {args.stage1}: no such file")
+        check_same_run(state["args"], args, args.stage1, stage1_only=True)
+    if state is not None:
+        t, epoch, report, optimizer_state = state["stage"], state["epoch"], state["report"], state["optimizer"]
+        model.load_state_dict(state["model"])
+        model.stage_norms = state["norms"]
+        torch.set_rng_state(state["rng"].cpu())
+    out.mkdir(parents=True, exist_ok=True)
+    plain = vars(args) | {"gamma": args.gamma}
+
+    def save(path, stage, epoch, optimizer=None):
+        save_checkpoint(path, {"args": plain, "stage": stage, "epoch": epoch, "report": report, "model": model.state_dict(),
+                               "norms": model.stage_norms, "optimizer": optimizer and optimizer.state_dict(), "rng": torch.get_rng_state()})
+
+    def record(stage, after):
+        """Sub-model accuracy on clean images, for the paper's Table 7."""
+        entry = {"stage": stage, "group": args.order[stage - 1], "after": after}
+        entry["acc"] = accuracy(predict(model, data.test.images, env)[0], data.test, env)
+        if len(data.val):
+            entry["val"] = accuracy(predict(model, data.val.images, env)[0], data.val, env)
+        report["submodels"].append(entry)
+        print(row(f"stage {stage} after {after.upper()}, test", entry["acc"]), flush=True)
+
+    total_images = len(data.train) * sum(args.epochs)
+    while t <= T:
+        stage = args.order[t - 1]
+        classes, log_alpha, probs = env.stages[stage]
+
+        # ---- CPO: this stage's draws and margin; weights of earlier stages are active and frozen
+        sampler = ClassSampler(data.train.labels, probs, len(data.train), args.seed * 1000 + t)
+        steps = math.ceil(len(data.train) / args.batch_size)
+        optimizer = make_optimizer(model, args.lr[t - 1])
+        if optimizer_state:
+            optimizer.load_state_dict(optimizer_state)
+            optimizer_state = None
+        masks = trainable_masks(model)
+        if epoch < args.epochs[t - 1]:
+            print(f"\nstage {t} of {T}, {stage}: {args.epochs[t - 1]} epochs of {len(data.train):,} draws, rate {args.lr[t - 1]:g} "
+                  f"{args.schedule[t - 1]}\n{'epoch':>9}{'loss':>9}{'rate':>9}   drawn:{'many':>6}{'medium':>8}{'few':>8}{'all':>8}   val:{'all':>6}"
+                  f"{'img/s':>9}{'left':>9}")
+        while epoch < args.epochs[t - 1]:
+            start = time.perf_counter()
+            sampler.set_epoch(epoch)
+            fraction = (epoch + np.arange(steps) / steps) / args.epochs[t - 1]
+            rate = args.lr[t - 1] * (0.5 + 0.5 * np.cos(math.pi * fraction) if args.schedule[t - 1] == "cosine" else np.ones(steps))
+            loss, tally = train(model, optimizer, rate.tolist(), args.weight_decay,
+                                batches(env, sampler.indices(), [args.seed, t, 1, epoch], args.aug), log_alpha, masks, env)
+            loss = loss.item() / len(data.train)
+            if not math.isfinite(loss):
+                print(f"error: the loss became {loss} in stage {t}, epoch {epoch + 1}; the checkpoint before is kept: "
+                      f"lower --lr and start again, or look at the data", file=sys.stderr)
+                sys.exit(3)
+            seconds = time.perf_counter() - start
+            epoch += 1
+            report["train_seconds"] += seconds
+            report["images"] += len(data.train)
+            drawn, correct = tally.cpu().double().numpy()
+            rates = np.where(drawn > 0, 100 * correct / np.maximum(drawn, 1), np.nan)
+            acc = {g: float(np.nanmean(rates[c])) if len(c) and (drawn[c] > 0).any() else None for g, c in (groups | {"all": np.arange(len(counts))}).items()}
+            val = None
+            if len(data.val) and (epoch % 10 == 0 or epoch == args.epochs[t - 1]):
+                val = accuracy(predict(model, data.val.images, env)[0], data.val, env)["all"]
+            left = (total_images - report["images"]) * report["train_seconds"] / report["images"]
+            report["log"].append({"stage": t, "epoch": epoch, "loss": loss, "lr": float(rate[0]), **{f"drawn_{g}": v for g, v in acc.items()},
+                                  "val_all": val, "images_per_second": len(data.train) / seconds})
+            print(f"{t}:{epoch:>4}/{args.epochs[t - 1]:<4}{loss:8.3f}{rate[0]:9.4f}{'':9}" + "".join(f"{show(acc[g]):>8}" for g in (*GROUPS, "all"))[2:]
+                  + f"{'':7}{show(val):>6}{len(data.train) / seconds:9.0f}{left / 60:6.1f} min", flush=True)
+            save(out / "last.pt", t, epoch, optimizer)
+            write_log(out / "log.csv", report["log"])
+        record(t, "cpo")
+
+        if t == 1:  # the bar, and the importance before: stage 1 is plain cross-entropy
+            save(out / "stage1.pt", t, epoch, optimizer)
+            prior = torch.from_numpy(counts / counts.sum()).to(device, torch.float32)
+            for name, split in (("val", data.val), ("test", data.test)):
+                if len(split):
+                    p = predict(model, split.images, env, args.views)
+                    adjusted = p / prior  # logit adjustment with tau 1 (Menon et al., ICLR 2021), after training
+                    adjusted /= adjusted.sum(2, keepdim=True)
+                    report["bar"][name] = {"ce": accuracy(p.mean(0), split, env), "ce_la": accuracy(adjusted.mean(0), split, env),
+                                           "ce_clean": accuracy(p[0], split, env), "ce_la_clean": accuracy(adjusted[0], split, env)}
+            report["importance_by_group"]["cross-entropy"] = importance_by_group(model, env)
+
+        # ---- TPD: what the stage keeps is frozen, the rest starts afresh; the last stage keeps all that is left
+        if t < T:
+            def measure():
+                return float(np.mean([v for c, v in enumerate(accuracy(predict(model, data.val.images, env)[0], data.val, env)["per_class"])
+                                      if c in classes and v is not None]))
+            if args.gamma == "auto":
+                ratios = [g / 10 for g in range(10)]
+                curve = decouple(model, t, stage, ratios, env, measure)
+                report["pruning_curve"][stage] = [(g, a) for g, a, _, _ in curve]
+                gamma = last_ratio_before_largest_drop(ratios, [a for _, a, _, _ in curve])
+                _, _, best, alive = curve[round(10 * gamma)]
+                model.load_state_dict(best)
+            else:
+                gamma = args.gamma[t - 1]
+                (_, _, _, alive), = decouple(model, t, stage, [gamma], env)
+            report["gammas"].append(gamma)
+            print(f"TPD: {100 * gamma:.0f} % of the free weights pruned by {args.importance} importance")
+            record(t, "tpd")
+        else:
+            alive = {name: torch.ones_like(m.weight, dtype=torch.bool) for name, m in weight_layers(model).items()}
+        keep_stage_norms(model, t)
+        keep_and_restart(model, t, alive, torch.Generator().manual_seed(args.seed * 1000 + t), args.reinit)
+        t, epoch = t + 1, 0
+        save(out / "last.pt", t, epoch)
+
+    # ---- test time: mix the nested sub-models
+    start = time.perf_counter()
+    submodels = []
+    for s in range(1, T + 1):
+        sub = build_model(args.arch, data.num_classes).to(device, memory_format=torch.channels_last)
+        sub.load_state_dict(submodel_state(model, s))
+        submodels.append(sub)
+        report["importance_by_group"][f"sub-model {s}"] = importance_by_group(sub, env)
+    for name, split in (("val", data.val), ("test", data.test)):
+        if len(split):
+            start = time.perf_counter()
+            probs = torch.stack([predict(sub, split.images, env, args.views) for sub in submodels])
+            seconds = time.perf_counter() - start
+            report[name] = aggregate(probs, split, env) | {"forward_seconds": seconds}
+    report["views"] = args.views
+    print_report(report, counts)
+
+    # ---- files
+    chosen = report["test"]["aggregations"][args.agg]
+    if args.export:
+        for s, sub in enumerate(submodels, 1):
+            write_atomic(out / f"submodel{s}.pt", lambda tmp, sub=sub: torch.save(sub.state_dict(), tmp))
+    write_atomic(out / "model.pt", lambda tmp: torch.save(
+        {"arch": args.arch, "class_names": data.class_names, "mean": mean.cpu(), "std": std.cpu(), "stages": args.order,
+         "model": {k: v.cpu() for k, v in model.state_dict().items()}, "norms": {s: {k: v.cpu() for k, v in n.items()} for s, n in model.stage_norms.items()}}, tmp))
+    result = {"method": "do", "dataset": args.dataset, "imb": args.imb, "arch": args.arch, "seed": args.seed, "split_seed": args.split_seed,
+              "epochs": args.epochs, "args": plain, "acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
+              "ece": chosen["ece"], "submodels": report["submodels"], "aggregations": report["test"]["aggregations"],
+              "lambda_by_group": report["test"]["lambda_by_group"], "gammas": report["gammas"], "importance_by_group": report["importance_by_group"],
+              "bar": report["bar"], "pruning_curve": report["pruning_curve"], "test": report["test"], "val": report.get("val"),
+              "images_per_second": report["images"] / report["train_seconds"], "train_seconds": report["train_seconds"],
+              "eval_seconds": report["test"]["forward_seconds"] + report["test"]["weights_seconds"],
+              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__, "git": git_commit()}
+    write_json(out / "result.json", result)
+    draw_figures(report, out)
+    print(f"\nresult: {out / 'result.json'}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
