@@ -37,10 +37,10 @@ class BasicBlock(nn.Module):
         self.stride, self.extra = stride, planes - in_planes
 
     def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
         if self.extra:  # option A: every second pixel, the new channels are zeros
             x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
-        return F.relu(out + x)
+        return F.relu_(out.add_(x))
 
 
 class ResNetCifar(nn.Module):
@@ -57,7 +57,7 @@ class ResNetCifar(nn.Module):
             nn.init.kaiming_normal_(layer.weight)
 
     def forward(self, x):
-        x = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        x = self.blocks(F.relu_(self.bn1(self.conv1(x))))
         return self.fc(x.mean((2, 3)))
 
 
