@@ -84,6 +84,16 @@ def compensation_alpha(counts, stage, rho):
     return alpha
 
 
+def draw_by_margin(alpha, probs, counts):
+    """(alpha, probs) with natural draws, P(c) ~ N_c, that lead to the same classifier as drawing by `probs` with margin alpha.
+
+    With draws P and margin alpha a fitted f(x) is log p(x|y) + log P(y) + log alpha(y) up to a constant, so what the draws no longer do
+    goes into the margin: rare images are not repeated tens of times an epoch. Float arrays (K,).
+    """
+    natural = np.asarray(counts, dtype=np.float64) / np.sum(counts)
+    return alpha * probs / natural, natural
+
+
 def compensation_loss(logits, target, log_alpha):
     """CE(f(x) - log alpha_t, y), the mean over the batch (Eq. 2). logits: n x K; target: int (n,); log_alpha: (K,)."""
     return F.cross_entropy(logits.float() - log_alpha, target)
@@ -137,10 +147,10 @@ def view_cosine(grams, lam):
 def refine(grams, lam, step, rounds, mean):
     """Walk to better neighbours on ever finer simplex lattices, all images at once. lam: U x T (mean: 1 x T, one for all images)."""
     T = lam.shape[1]
-    eye = torch.eye(T, device=lam.device)
-    moves = torch.cat([torch.zeros(1, T, device=lam.device), (eye[:, None] - eye[None]).view(-1, T)])
+    eye = torch.eye(T).to(lam)
+    moves = torch.cat([torch.zeros(1, T).to(lam), (eye[:, None] - eye[None]).view(-1, T)])
     for i in range(rounds):
-        near = lam[:, None] + moves * step / 2 ** (i // 2 + 1)  # U x G x T, each step size twice
+        near = lam[:, None] + moves * step / 2 ** (i // 4 + 1)  # U x G x T, up to four moves of each size
         value = view_cosine(grams, near.expand(len(grams[0]), -1, -1))
         value = value.mean(0, keepdim=True) if mean else value
         value = value.masked_fill((near < -1e-6).any(2), -math.inf)
@@ -158,7 +168,7 @@ def instance_weights(p1, p2, grams=None):
     grams = view_grams(p1, p2) if grams is None else grams
     n = 20 if grams[0].shape[1] <= 3 else 10
     grid = simplex_grid(grams[0].shape[1], n).to(grams[0])
-    return refine(grams, grid[view_cosine(grams, grid).argmax(1)], 1 / n, 10, mean=False)
+    return refine(grams, grid[view_cosine(grams, grid).argmax(1)], 1 / n, 24, mean=False)
 
 
 def group_weights(p1, p2, grams=None):
@@ -166,7 +176,7 @@ def group_weights(p1, p2, grams=None):
     grams = view_grams(p1, p2) if grams is None else grams
     n = 20 if grams[0].shape[1] <= 3 else 10
     grid = simplex_grid(grams[0].shape[1], n).to(grams[0])
-    return refine(grams, grid[view_cosine(grams, grid).mean(0).argmax()][None], 1 / n, 10, mean=True)
+    return refine(grams, grid[view_cosine(grams, grid).mean(0).argmax()][None], 1 / n, 24, mean=True)
 
 
 # ------------------------------------------------------------------------------------------------------- batches and predictions
@@ -521,6 +531,7 @@ def parse_args(argv=None):
     method.add_argument("--rho", type=float, help="how strongly medium classes are drawn in their stage")
     method.add_argument("--gamma", help="share pruned after each stage but the last, as 0.5,0.8; or auto")
     method.add_argument("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage")
+    method.add_argument("--draws", choices=["stage", "natural"], default="stage", help="natural: what a stage's draws would do goes into its margin")
     method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights")
     method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most")
     method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt)")
@@ -628,8 +639,12 @@ def main(argv=None):
         args=args, device=device, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
         images=torch.from_numpy(data.train.images).to(device), labels=torch.from_numpy(data.train.labels).to(device),
         labels_np=data.train.labels, counts=counts, num_classes=data.num_classes, mean=mean, std=std,
-        stages={s: (stage_classes(counts, s), torch.from_numpy(np.log(compensation_alpha(counts, s, args.rho))).float().to(device),
-                    stage_class_probs(counts, s, args.rho, args.few_sampling)) for s in args.order})
+        stages={})
+    for stage in args.order:
+        probs, alpha = stage_class_probs(counts, stage, args.rho, args.few_sampling), compensation_alpha(counts, stage, args.rho)
+        if args.draws == "natural":
+            alpha, probs = draw_by_margin(alpha, probs, counts)
+        env.stages[stage] = stage_classes(counts, stage), torch.from_numpy(np.log(alpha)).float().to(device), probs
 
     # ---- model, and where an interrupted run stood
     torch.manual_seed(args.seed)
@@ -721,10 +736,11 @@ def main(argv=None):
                   + f"{'':7}{show(val):>6}{len(data.train) / seconds:9.0f}{left / 60:6.1f} min", flush=True)
             save(out / "last.pt", t, epoch, optimizer)
             write_log(out / "log.csv", report["log"])
+        if t == 1:
+            save(out / "stage1.pt", t, epoch, optimizer)
         record(t, "cpo")
 
         if t == 1:  # the bar, and the importance before: stage 1 is plain cross-entropy
-            save(out / "stage1.pt", t, epoch, optimizer)
             prior = torch.from_numpy(counts / counts.sum()).to(device, torch.float32)
             for name, split in (("val", data.val), ("test", data.test)):
                 if len(split):

@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: MIT
+"""Tests of meaning: equations against brute force, frozen weights bit for bit, resumed runs, documented errors, README's snippets.
+
+    python -m pytest -q test_smoke.py          real CIFAR-100 is used too when DATA_ROOT names a folder with cifar100.npz
+"""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+
+import data_lt
+import do_lt
+import models
+from data_lt import ClassSampler, InputError, class_groups, load_dataset, longtail_counts, longtail_indices
+
+HERE = Path(__file__).resolve().parent
+DATA_ROOT = Path(os.environ.get("DATA_ROOT", "data"))
+COUNTS = np.array([120, 110, 60, 30, 10, 6])  # two classes of each group
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A six-class .npz of 8x8 images whose class is a colour: learnable in a few steps, quick on a CPU."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, counts in (("train", COUNTS), ("val", [8] * 6), ("test", [20] * 6)):
+        labels = np.repeat(np.arange(6), counts)
+        arrays[f"{part}_images"] = (rng.integers(0, 90, (len(labels), 8, 8, 3)) + rng.integers(60, 160, (6, 1, 1, 3))[labels]).astype(np.uint8)
+        arrays[f"{part}_labels"] = labels
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def do_flags(tiny, out, *more):
+    return ["--dataset", str(tiny), "--out", str(out), "--epochs", "2,2,2", "--lr", "0.05", "--batch-size", "64", "--precision", "fp32",
+            "--device", "cpu", "--tpd-iters", "1", "--tpd-steps", "3", "--importance-images", "4", *more]
+
+
+@pytest.fixture(scope="session")
+def do_run(tiny, tmp_path_factory):
+    """One whole DO run; also the network's weights and owners at the end of each stage."""
+    out, ends = tmp_path_factory.mktemp("do"), {}
+    real = do_lt.keep_and_restart
+
+    def spy(model, t, *rest):
+        real(model, t, *rest)
+        ends[t] = {k: v.clone() for k, v in model.state_dict().items()}
+    do_lt.keep_and_restart = spy
+    try:
+        result = do_lt.main(do_flags(tiny, out, "--export"))
+    finally:
+        do_lt.keep_and_restart = real
+    return out, result, ends
+
+
+# ------------------------------------------------------------------------------------------------------------- data_lt.py
+
+def test_counts_and_groups():
+    for k, n, imb, total in ((100, 500, 100, 10847), (100, 500, 50, 12608), (100, 500, 10, 19573), (10, 5000, 100, 12406)):
+        counts = longtail_counts(k, n, imb)
+        assert counts.sum() == total and counts[0] == n and counts[-1] == n // imb
+        assert counts.tolist() == [int(n * imb ** (-c / (k - 1))) for c in range(k)]
+    assert longtail_counts(4, 100, 10, "step").tolist() == [100, 100, 10, 10]
+    groups = class_groups([101, 100, 20, 19])
+    assert [groups[g].tolist() for g in ("many", "medium", "few")] == [[0], [1, 2], [3]]
+    with pytest.raises(ValueError, match="imb 0.5"):
+        longtail_counts(10, 100, 0.5)
+
+
+def test_split_is_the_draw_of_ldam_drw():
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(5), 40))
+    counts = longtail_counts(5, 40, 8)
+    np.random.seed(3)  # the published code: the global state, classes in ascending order
+    expected = []
+    for c, n in zip(np.unique(labels), counts):
+        idx = np.where(labels == c)[0]
+        np.random.shuffle(idx)
+        expected.append(idx[:n])
+    before = np.random.get_state()[1].copy()
+    kept, left = longtail_indices(labels, counts, split_seed=3)
+    assert np.array_equal(kept, np.concatenate(expected))
+    assert np.array_equal(np.random.get_state()[1], before), "the global random state was touched"
+    assert not set(kept) & set(left) and len(kept) + len(left) == len(labels)
+
+
+@pytest.mark.skipif(not (DATA_ROOT / "cifar100.npz").exists(), reason="DATA_ROOT has no cifar100.npz")
+def test_real_cifar100_split(tmp_path):
+    data = load_dataset("cifar100", DATA_ROOT, imb=100)
+    assert len(data.train) == 10847 and data.counts[[0, -1]].tolist() == [500, 5] and len(data.test) == 10000
+    assert [len(c) for c in class_groups(data.counts).values()] == [35, 35, 30]
+    assert np.bincount(data.val.labels, minlength=100).max() == 50 and (data.val.labels == 0).sum() == 0
+    train = {image.tobytes() for image in data.train.images}
+    assert sum(image.tobytes() in train for image in data.val.images) <= 2, "validation images must not be trained on"  # CIFAR has twins
+
+
+def test_packed_split_gives_the_same_images(tmp_path):
+    path = tmp_path / "split.npz"
+    subprocess.run([sys.executable, HERE / "data_lt.py", "--dataset", "synth", "--split-seed", "5", "--pack", path, "--figure",
+                    tmp_path / "hist.png"], check=True, cwd=tmp_path, stdout=subprocess.PIPE)
+    a, b = load_dataset("synth", split_seed=5), load_dataset(str(path))
+    for part in ("train", "val", "test"):
+        assert np.array_equal(getattr(a, part).images, getattr(b, part).images)
+        assert np.array_equal(getattr(a, part).labels, getattr(b, part).labels)
+    assert a.class_names == b.class_names and (tmp_path / "hist.png").stat().st_size > 1000
+
+
+def test_image_folder_and_val_from_left_out_images(tmp_path):
+    from PIL import Image
+    for part, n in (("train", 20), ("test", 3)):
+        for c, name in enumerate("ab"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (40, 30), (100 * c + 50, i, 0)).save(tmp_path / part / name / f"{i:02}.png")
+    data = load_dataset(str(tmp_path), size=16, imb=10)
+    assert data.counts.tolist() == [20, 2] and len(data.val) == 18 and data.test.images.shape == (6, 16, 16, 3)
+    assert data.class_names == ["a", "b"] and (data.test.images[data.test.labels == 1][:, 8, 8, 0] == 150).all()
+    assert load_dataset(str(tmp_path), size=16).counts.tolist() == [20, 20]
+
+
+def test_sampler():
+    labels = np.repeat(np.arange(6), COUNTS)
+    n = len(labels)
+    sampler = ClassSampler(labels, COUNTS / n, n, seed=0)
+    assert sorted(sampler) == list(range(n)), "natural draws are a plain shuffle"
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first and len(sampler) == n
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    probs = np.array([0.1, 0.1, 0.3, 0.3, 0.1, 0.1])
+    state = torch.get_rng_state()
+    drawn = [np.array(list(ClassSampler(labels, probs, 600, seed=7, rank=r, world_size=3))) for r in range(3)]
+    assert torch.equal(torch.get_rng_state(), state) and [len(d) for d in drawn] == [200] * 3
+    whole = np.array(list(ClassSampler(labels, probs, 600, seed=7)))
+    assert sorted(np.concatenate(drawn)) == sorted(whole)
+    assert np.abs(np.bincount(labels[whole]) - 600 * probs).max() <= 1
+    rare = np.bincount(whole, minlength=n)[labels == 5]
+    assert rare.max() - rare.min() <= 1, "the images of a class are drawn evenly"
+    with pytest.raises(ValueError, match="class 6"):
+        ClassSampler(labels, np.full(7, 1 / 7), 10, seed=0)
+
+
+def test_augmentation_agrees_with_torchvision():
+    rng = np.random.default_rng(0)
+    smooth = F.interpolate(torch.from_numpy(rng.integers(0, 256, (8, 3, 6, 6))).float(), size=32, mode="bicubic").clamp(0, 255).to(torch.uint8)
+    smooth[0] = 77  # flat
+    x = torch.cat([smooth, torch.from_numpy(rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))])
+    m = torch.linspace(-0.6, 0.6, len(x), dtype=torch.float64)
+    pairs = {
+        "adjust_brightness": (1 + m, TF.adjust_brightness), "adjust_saturation": (1 + m, TF.adjust_saturation),
+        "adjust_contrast": (1 + m, TF.adjust_contrast), "adjust_sharpness": (1 + m, TF.adjust_sharpness),
+        "posterize": (8 - (m.abs() * 5).round(), lambda i, b: TF.posterize(i, int(b))), "solarize": (255 * m.abs(), TF.solarize),
+        "autocontrast": (m, lambda i, _: TF.autocontrast(i)), "equalize": (m, lambda i, _: TF.equalize(i)), "rotate": (50 * m, TF.rotate),
+        "shear_x": (m, lambda i, s: TF.affine(i, 0, [0, 0], 1.0, [math.degrees(math.atan(s)), 0.0], center=[0, 0])),
+        "shear_y": (m, lambda i, s: TF.affine(i, 0, [0, 0], 1.0, [0.0, math.degrees(math.atan(s))], center=[0, 0])),
+        "translate_x": (m, lambda i, s: TF.affine(i, 0, [int(s * 32), 0], 1.0, [0.0, 0.0])),
+        "translate_y": (m, lambda i, s: TF.affine(i, 0, [0, int(s * 32)], 1.0, [0.0, 0.0])),
+    }
+    for name, (params, reference) in pairs.items():
+        ours = getattr(data_lt, name)(x.clone(), params)
+        theirs = torch.stack([reference(image, p.item()) for image, p in zip(x, params)])
+        assert (ours != theirs).float().mean() < 2e-3, name  # a pixel on a rounding edge may fall either way
+    assert {fn.__name__ for fn, _ in data_lt.RANDAUGMENT[1:]} == set(pairs)
+    state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    a, b = (data_lt.augment(x.clone(), np.random.default_rng(4)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == x.shape and (a != x).flatten(1).any(1).sum() >= len(x) - 1
+    assert np.array_equal(np.random.get_state()[1], state[0]) and torch.equal(torch.get_rng_state(), state[1])
+    cropped = data_lt.crop_flip(x, np.random.default_rng(1), 0)  # no padding: only flips
+    assert all(torch.equal(c, i) or torch.equal(c, i.flip(2)) for c, i in zip(cropped, x))
+
+
+def test_metrics_by_hand():
+    acc = data_lt.group_accuracy(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1]), [200, 50, 5])
+    assert acc == {"many": 100.0, "medium": 50.0, "few": None, "all": 75.0, "per_class": [100.0, 50.0, None]}
+    probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
+    ece = data_lt.expected_calibration_error(probs, torch.tensor([0, 1, 1, 1]))
+    assert ece == pytest.approx(100 * (2 * abs(0.9 - 0.5) + abs(0.6 - 1) + abs(0.7 - 1)) / 4, abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- models.py
+
+def test_networks():
+    assert sum(p.numel() for p in models.build_model("resnet32", 10).parameters()) == 464154  # He et al.: 0.46 M
+    assert models.build_model("resnet32", 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    plain = set(models.build_model("resnet50", 5).state_dict())
+    masked = models.add_owner_masks(models.build_model("resnet50", 5))
+    owners = {k for k in masked.state_dict() if k.endswith(models.OWNER)}
+    assert set(masked.state_dict()) - owners == plain and len(owners) == 54  # 53 convolutions and the classifier
+
+
+# ------------------------------------------------------------------------------------------------------- do_lt.py, equations
+
+def test_cpo_probabilities_and_margins():
+    n = COUNTS.sum()
+    assert np.allclose(do_lt.stage_class_probs(COUNTS, "many", 0.7), COUNTS / n)
+    assert np.allclose(do_lt.stage_class_probs(COUNTS, "medium", 0.7), np.array([.3, .3, .7, .7, .3, .3]) / 2.6)
+    assert np.allclose(do_lt.stage_class_probs(COUNTS, "few", 0.7), 1 / 6)
+    assert np.allclose(do_lt.stage_class_probs(COUNTS, "few", 0.7, "inverse"), (1 / COUNTS) / (1 / COUNTS).sum())
+    assert np.allclose(do_lt.stage_class_probs(COUNTS, "medium-top", 0.8), np.array([.2, .2, .8, .2, .2, .2]) / 1.8)
+    assert np.allclose(do_lt.compensation_alpha(COUNTS, "many", 0.7), 1)
+    assert np.allclose(do_lt.compensation_alpha(COUNTS, "medium", 0.7), [.3, .3, .7, .7, .3, .3])
+    shuffled = np.array([3, 0, 5, 1, 4, 2])
+    assert np.allclose(do_lt.compensation_alpha(COUNTS[shuffled], "few", 0.7), COUNTS[::-1][shuffled] / n)
+    logits, y = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 5, 5])
+    alpha = torch.from_numpy(do_lt.compensation_alpha(COUNTS, "few", 0.7))
+    exact = -sum(math.log(math.exp(logits[i, c] - math.log(alpha[c])) / sum(math.exp(logits[i, k] - math.log(alpha[k])) for k in range(6)))
+                 for i, c in enumerate(y.tolist())) / 4
+    assert do_lt.compensation_loss(logits, y, alpha.log()).item() == pytest.approx(exact, abs=1e-5)
+
+
+def test_draws_by_margin_lead_to_the_same_classifier():
+    # two classes, one image each as features: the optimal logit difference under (draws, margin) must agree for both readings
+    counts, probs, alpha = np.array([90.0, 10.0]), np.array([0.5, 0.5]), np.array([0.1, 0.9])
+    likelihood = np.array([0.3, 0.7])  # p(x|y) of one x
+    new_alpha, new_probs = do_lt.draw_by_margin(alpha, probs, counts)
+    for a, p in ((alpha, probs), (new_alpha, new_probs)):
+        posterior = likelihood * p / (likelihood * p).sum()  # what softmax(f - log a) fits
+        f = np.log(posterior) + np.log(a)
+        assert f[0] - f[1] == pytest.approx(math.log(0.3 / 0.7) + math.log(0.1 / 0.9))
+
+
+def test_taylor_importance_against_single_weights():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    x, y = torch.randn(10, 3, dtype=torch.float64), torch.arange(10) % 2
+    weights = [net[0].weight, net[2].weight]
+    losses = lambda: (F.cross_entropy(net(x[y == c]), y[y == c]) for c in (0, 1))
+    taylor, fisher = do_lt.taylor_importance(weights, losses()), do_lt.taylor_importance(weights, losses(), "fisher")
+    for w, t, f in zip(weights, taylor, fisher):
+        for at in np.ndindex(*w.shape):
+            squares, step = [], 1e-6
+            for c in (0, 1):  # central differences, one weight at a time
+                sides = []
+                for sign in (1, -1):
+                    with torch.no_grad():
+                        w[at] += sign * step
+                        sides.append(F.cross_entropy(net(x[y == c]), y[y == c]).item())
+                        w[at] -= sign * step
+                squares.append(((sides[0] - sides[1]) / (2 * step)) ** 2)
+            assert f[at].item() == pytest.approx(np.mean(squares), rel=1e-4, abs=1e-12)
+            assert t[at].item() == pytest.approx(w[at].item() ** 2 * np.mean(squares), rel=1e-4, abs=1e-12)
+    assert torch.equal(do_lt.taylor_importance(weights, (), "l1")[0], weights[0].abs())
+
+
+def test_gradual_ratio_and_choice():
+    assert do_lt.gradual_ratio(0, 10, 0.2, 0.5) == pytest.approx(0.2) and do_lt.gradual_ratio(10, 10, 0.2, 0.5) == 0.5
+    assert do_lt.gradual_ratio(5, 10, 0.0, 0.8) == pytest.approx(0.8 - 0.8 / 8)
+    assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3], [50, 49, 30, 29]) == .1
+
+
+@pytest.mark.parametrize("T", [2, 3, 4])
+def test_instance_weights_against_brute_force(T):
+    torch.manual_seed(T)
+    p1, p2 = torch.randn(2, T, 100, 10, dtype=torch.float64).mul(2).softmax(-1)
+    lam = do_lt.instance_weights(p1, p2)
+    assert lam.shape == (300, T) and torch.allclose(lam.sum(1), torch.ones_like(lam[:, 0])) and lam.min() >= 0
+    grid = do_lt.simplex_grid(T, {2: 2000, 3: 200, 4: 40}[T]).double()
+    mixed = [torch.einsum("gt,tuk->guk", grid, p) for p in (p1, p2)]
+    values = F.cosine_similarity(*mixed, dim=-1)  # G x U, the long way
+    ours = F.cosine_similarity(*(torch.einsum("ut,tuk->uk", lam, p) for p in (p1, p2)), dim=-1)
+    assert (ours - values.max(0).values).min() > -1e-4
+    if T < 4:  # a finer lattice would be needed to locate the optimum itself
+        assert (lam - grid[values.argmax(0)]).abs().max() < 1e-2
+    one = do_lt.group_weights(p1, p2)
+    assert one.shape == (1, T) and view_mean(p1, p2, one) > values.mean(1).max() - 1e-4
+
+
+def view_mean(p1, p2, lam):
+    return F.cosine_similarity(*(torch.einsum("t,tuk->uk", lam[0], p) for p in (p1, p2)), dim=-1).mean()
+
+
+# ------------------------------------------------------------------------------------------------------ do_lt.py, end to end
+
+def test_do_run_leaves_what_it_says(do_run):
+    out, result, _ = do_run
+    written = json.loads((out / "result.json").read_text())
+    assert set(written) >= {"method", "dataset", "imb", "arch", "seed", "split_seed", "epochs", "args", "acc", "per_class", "ece", "submodels",
+                            "aggregations", "lambda_by_group", "gammas", "importance_by_group", "images_per_second", "train_seconds",
+                            "eval_seconds", "device", "torch", "git"}
+    assert [(s["stage"], s["after"]) for s in written["submodels"]] == [(1, "cpo"), (1, "tpd"), (2, "cpo"), (2, "tpd"), (3, "cpo")]
+    assert written["acc"]["all"] == written["aggregations"]["instance"]["all"] > 100 / 6  # better than chance
+    assert all(sum(v) == pytest.approx(1, abs=1e-5) for v in written["lambda_by_group"].values())
+    assert len((out / "log.csv").read_text().splitlines()) == 1 + 6
+    assert {"last.pt", "model.pt", "stage1.pt", "submodel1.pt", "submodel2.pt", "submodel3.pt"} <= {p.name for p in out.iterdir()}
+    assert not list(out.glob("*.tmp"))
+
+
+def test_frozen_weights_are_bit_identical(do_run):
+    _, _, ends = do_run
+    final, owned = ends[3], 0
+    for name in (k for k in final if k.endswith(models.OWNER)):
+        weight = name.replace(models.OWNER, "weight")
+        for t in (1, 2):
+            mine = final[name] == t
+            assert torch.equal(mine, ends[t][name] == t), "an owner changed"
+            assert torch.equal(final[weight][mine], ends[t][weight][mine])
+            assert t == 1 or not torch.equal(final[weight][final[name] == 3], ends[t][weight][final[name] == 3]) or not (final[name] == 3).any()
+        assert (final[name] > 0).all()
+        owned += torch.bincount(final[name].flatten().long(), minlength=4)
+    share = owned / owned.sum()  # gamma 50 % and 80 %: half, then a fifth of the other half, then the rest
+    assert torch.allclose(share, torch.tensor([0, 0.5, 0.1, 0.4]), atol=1e-4)
+
+
+def test_exports_equal_the_masked_network(do_run):
+    out, _, _ = do_run
+    saved = torch.load(out / "model.pt", weights_only=True)
+    masked = models.add_owner_masks(models.build_model("resnet32", 6))
+    masked.load_state_dict(saved["model"])
+    masked.stage_norms = saved["norms"]
+    x = torch.randn(5, 3, 8, 8)
+    previous = None
+    for t in (1, 2, 3):
+        plain = models.build_model("resnet32", 6)
+        plain.load_state_dict(torch.load(out / f"submodel{t}.pt", weights_only=True), strict=True)
+        own = {f"{n}.weight": m.weight * (getattr(m, models.OWNER) <= t) for n, m in models.weight_layers(masked).items()} | saved["norms"][t]
+        inside = torch.func.functional_call(masked.eval(), own, x)
+        assert (plain.eval()(x) - inside).abs().max() < 1e-6
+        assert previous is None or (inside - previous).abs().max() > 1e-3, "sub-models differ"
+        previous = inside
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing of the script catches it."""
+
+
+@pytest.mark.parametrize("moment", ["epoch", "pruning", "checkpoint write", "between the renames"])
+def test_killed_and_resumed_is_an_unbroken_run(moment, tiny, do_run, tmp_path, monkeypatch):
+    flags, calls = do_flags(tiny, tmp_path, "--export", "--resume"), {"n": 0}
+
+    def dying(module, name, after, first=None):
+        real = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == after:
+                if first:
+                    first(*args)
+                raise Killed
+            return real(*args, **kwargs)
+        monkeypatch.setattr(module, name, wrapper)
+
+    if moment == "epoch":
+        dying(do_lt, "compensation_loss", 50)
+    elif moment == "pruning":
+        dying(do_lt, "prune_to", 5)
+    elif moment == "checkpoint write":
+        dying(torch, "save", 5, first=lambda state, path: Path(path).write_bytes(b"half a checkpoint"))
+    else:
+        dying(os, "replace", 16)
+    with pytest.raises(Killed):
+        do_lt.main(flags)
+    monkeypatch.undo()
+    assert not (tmp_path / "result.json").exists()
+    do_lt.main(flags)
+    for t in (1, 2, 3):
+        a, b = (torch.load(folder / f"submodel{t}.pt", weights_only=True) for folder in (do_run[0], tmp_path))
+        assert all(torch.equal(a[k], b[k]) for k in a), "the resumed run ended elsewhere"
+    strip = lambda r: {k: v for k, v in r.items() if k in ("acc", "per_class", "submodels", "gammas", "bar")}
+    assert strip(json.loads((tmp_path / "result.json").read_text())) == strip(json.loads((do_run[0] / "result.json").read_text()))
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 7
+
+
+def test_real_sigkill_and_damaged_checkpoint(tiny, do_run, tmp_path, capsys):
+    process = subprocess.Popen([sys.executable, HERE / "do_lt.py", *do_flags(tiny, tmp_path)], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "last.pt.prev").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    do_lt.main(do_flags(tiny, tmp_path, "--resume"))
+    assert "last.pt is damaged; going on from" in capsys.readouterr().out
+    a, b = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (do_run[0], tmp_path))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_flags_stages_auto_gamma_and_stage1(tiny, do_run, tmp_path):
+    """Each value of the method's flags runs; stage 1 of another run can be the start."""
+    start = ["--stage1", str(do_run[0] / "stage1.pt"), "--epochs", "2,1,1"]
+    auto = do_lt.main(do_flags(tiny, tmp_path / "a", *start, "--gamma", "auto", "--tpd-steps", "1"))
+    assert [len(c) for c in auto["pruning_curve"].values()] == [10, 10] and auto["submodels"][0] == do_run[1]["submodels"][0]
+    four = do_lt.main(do_flags(tiny, tmp_path / "b", "--order", "many,medium-top,medium-low,few", "--epochs", "1", "--importance", "fisher",
+                               "--few-sampling", "inverse", "--schedule", "constant", "--agg", "group", "--reinit", "0", "--aug", "basic"))
+    assert len(four["gammas"]) == 3 and len(four["test"]["alone"]) == 4 and four["acc"]["all"] == four["aggregations"]["group"]["all"]
+    two = do_lt.main(do_flags(tiny, tmp_path / "c", "--order", "many,few", "--epochs", "1", "--importance", "l1", "--draws", "natural",
+                              "--agg", "mean", "--views", "3", "--aug", "none", "--precision", "bf16"))
+    assert len(two["submodels"]) == 3 and two["lambda_by_group"]["many"] and two["acc"]["all"] == two["aggregations"]["mean"]["all"]
+    head = {k: v[np.load(tiny)[k.replace("images", "labels")] < 4] for k, v in np.load(tiny).items()}  # no class is few
+    np.savez(tmp_path / "head.npz", **head)
+    empty = do_lt.main(do_flags(tmp_path / "head.npz", tmp_path / "d", "--epochs", "1", "--importance", "random"))
+    assert empty["acc"]["few"] is None and empty["args"]["order"] == ["many", "medium"] and len(empty["gammas"]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
+    good = dict(np.load(tiny))
+
+    def npz(name, **change):
+        np.savez(tmp_path / f"{name}.npz", **{k: v for k, v in (good | change).items() if v is not None})
+        return str(tmp_path / f"{name}.npz")
+    (tmp_path / "cut.npz").write_bytes(Path(tiny).read_bytes()[:5000])
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "last.pt").write_bytes(b"junk")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["--dataset", "cifar1000"], "--dataset cifar1000: unknown"),
+        (["--dataset", str(tmp_path / "none.npz")], "none.npz: no such file"),
+        (["--dataset", str(tmp_path / "cut.npz")], "cut.npz: damaged or cut short"),
+        (["--dataset", str(tmp_path / "empty")], "needs train/CLASS"),
+        (["--dataset", npz("keys", test_labels=None)], "lacks test_labels"),
+        (["--dataset", npz("label", test_labels=good["test_labels"] + 3)], "they must lie in 0..5"),
+        (["--dataset", npz("hole", train_labels=np.where(good["train_labels"] == 5, 4, good["train_labels"]), class_names=np.arange(6).astype(str))],
+         "class 5 has no training image"),
+        (["--dataset", npz("type", train_images=good["train_images"].astype(np.float32))], "store uint8"),
+        (["--dataset", "synth", "--imb", "0.5"], "--imb 0.5"),
+        (["--dataset", str(tiny), "--imb", "1e6"], "without a training image"),
+        (["--dataset", str(tiny), "--arch", "resnet33"], "--arch resnet33: unknown"),
+        (["--dataset", str(tiny), "--gamma", "1.5"], "--gamma [1.5, 1.5]"),
+        (["--dataset", str(tiny), "--gamma", "lots"], "--gamma lots"),
+        (["--dataset", str(tiny), "--rho", "1"], "--rho 1"),
+        (["--dataset", str(tiny), "--order", "many,most"], "--order many,most"),
+        (["--dataset", str(tiny), "--epochs", "1,2"], "--epochs 1,2: 2 values for 3"),
+        (["--dataset", str(tiny), "--views", "1"], "--views 1"),
+        (["--dataset", str(tiny), "--schedule", "steps"], "--schedule"),
+        (["--dataset", str(tiny), "--device", "cuda:63"], "--device cuda:63"),
+        (["--dataset", str(tiny), "--device", "abacus"], "--device abacus"),
+        (["--dataset", npz("noval", val_images=None, val_labels=None), "--gamma", "auto"], "--gamma auto"),
+        (["--dataset", str(tiny), "--stage1", str(tmp_path / "absent.pt")], "no such file"),
+        (do_flags(tiny, do_run[0]), "holds a run"),
+        (do_flags(tiny, do_run[0], "--resume", "--rho", "0.6"), "--rho was 0.7, now 0.6"),
+        (do_flags(tiny, tmp_path / "junk", "--resume"), "cannot be read"),
+        (do_flags(tiny, tmp_path / "x", "--stage1", str(do_run[0] / "stage1.pt"), "--seed", "9"), "--seed was 0, now 9"),
+    ]
+    for flags, message in cases:
+        flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path / "never")]
+        with pytest.raises(InputError) as caught:
+            do_lt.main(flags)
+        assert message in str(caught.value) and "\n" not in str(caught.value), (flags, str(caught.value))
+        assert not (tmp_path / "never").exists()
+    run = subprocess.run([sys.executable, HERE / "do_lt.py", "--dataset", "cifar1000"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: --dataset cifar1000") and run.stderr.count("\n") == 1
+
+
+def test_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
+    import torchvision
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    with pytest.raises(InputError, match="by hand"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_nan_stops_with_code_3_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    real, calls = do_lt.compensation_loss, []
+
+    def explode(*args):
+        calls.append(1)
+        return real(*args) * (math.nan if len(calls) > 8 else 1)
+    monkeypatch.setattr(do_lt, "compensation_loss", explode)
+    with pytest.raises(SystemExit) as caught:
+        do_lt.main(do_flags(tiny, tmp_path))
+    assert caught.value.code == 3 and "loss became nan" in capsys.readouterr().err
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+# ------------------------------------------------------------------------------------------------------------------ README
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HERE))
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert snippets
+    for code in snippets:
+        exec(compile(code, "README.md", "exec"), {})
