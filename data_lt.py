@@ -243,17 +243,17 @@ def synthetic(imb=60, seed=0):
         labels = np.repeat(np.arange(10), counts)
         n = len(labels)
         shape, striped = (labels % 5)[:, None, None], (labels >= 5)[:, None, None]
-        cx, cy = rng.uniform(11, 21, (2, n, 1, 1))
-        r = rng.uniform(6, 10, (n, 1, 1))
+        cx, cy = rng.uniform(13, 19, (2, n, 1, 1))
+        r = rng.uniform(8, 12, (n, 1, 1))
         u, v = (xx - cx) / r, (yy - cy) / r
         rho = np.hypot(u, v)
         inside = np.select([shape == 0, shape == 1, shape == 2, shape == 3],
                            [rho < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.8) & (v > 2 * abs(u) - 1), (rho < 1.05) & (rho > 0.55)],
                            ((abs(u) < 0.3) | (abs(v) < 0.3)) & (rho < 1.1))
         wave = np.sin((xx + yy * rng.choice([-1, 1], (n, 1, 1))) * rng.uniform(1.3, 1.8, (n, 1, 1)) + rng.uniform(0, 6, (n, 1, 1)))
-        inside = inside * np.where(striped, 0.5 + 0.5 * wave, rng.uniform(0.4, 1, (n, 1, 1)))
-        back, fore = rng.uniform(0, 255, (2, n, 1, 1, 3))
-        images = back + (fore - back) * inside[..., None] + rng.normal(0, 22, (n, 32, 32, 3))
+        inside = inside * np.where(striped, 0.5 + 0.5 * wave, 1)
+        back = rng.uniform(30, 130, (n, 1, 1, 3))
+        images = back + rng.uniform(40, 120, (n, 1, 1, 3)) * inside[..., None] + rng.normal(0, 20, (n, 32, 32, 3))
         return images.clip(0, 255).astype(np.uint8), labels
 
     arrays = {"class_names": [f"{fill} {s}" for fill in ("filled", "striped") for s in ("disc", "square", "triangle", "ring", "cross")]}

@@ -10,10 +10,7 @@ mixed with weights found for each test image.
     python do_lt.py --dataset cifar100 --imb 100 --resume                      go on after an interruption
 """
 import argparse
-import csv
-import json
 import math
-import subprocess
 import sys
 import time
 from itertools import combinations
@@ -25,16 +22,17 @@ import torch.nn.functional as F
 
 from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, augment, channel_stats, class_groups, crop_flip,
                      expected_calibration_error, group_accuracy, load_dataset, normalize, show)
-from models import (OWNER, add_owner_masks, build_model, fast_bf16, keep_memory, keep_stage_norms, load_checkpoint, pick_device,
-                    save_checkpoint, submodel_state, weight_layers, write_atomic)
+from models import (OWNER, add_owner_masks, build_model, fast_bf16, git_commit, keep_memory, keep_stage_norms, load_checkpoint,
+                    pick_device, save_checkpoint, submodel_state, weight_layers, write_atomic, write_json, write_log)
 
-# The paper's values ("Implementation Details"); every one is a flag. One number a stage where there are several.
+# The paper's values ("Implementation Details") but for the later stages' rate: a cosine from the first stage's, where the paper keeps a
+# tenth of it (0.005, 0.002); half of the weights start afresh and learn too slowly at that. Every value is a flag; one number a stage.
 RECIPES = {
-    "cifar100": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.005,0.005", rho=0.7, gamma="0.5,0.8"),
-    "cifar100 imb 50": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.005,0.005", rho=0.7, gamma="0.5,0.6"),
-    "cifar10": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.005,0.005", rho=0.7, gamma="0.5,0.8"),
-    "synth": dict(arch="resnet32", epochs="12,6,6", lr="0.1,0.05,0.05", rho=0.7, gamma="0.5,0.8", batch_size=64),
-    "folder": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.002,0.002", rho=0.8, gamma="0.5,0.8"),
+    "cifar100": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.8"),
+    "cifar100 imb 50": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.6"),
+    "cifar10": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.8"),
+    "synth": dict(arch="resnet32", epochs="20,8,8", lr="0.1,0.05,0.05", rho=0.7, gamma="0.5,0.8", batch_size=32, aug="basic", tpd_iters=3),
+    "folder": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.8"),
 }
 
 
@@ -124,9 +122,16 @@ def gradual_ratio(step, dt, g0, g1):
     return g1 + (g0 - g1) * (1 - step / dt) ** 3
 
 
+def adjust_prior(probs, prior, tau):
+    """p(y|x) / prior(y)^tau, normalised: logit adjustment after training (Menon et al., ICLR 2021). tau 0 changes nothing, tau 1 gives
+    what a balanced prior would have given. probs: ... x K; prior: (K,)."""
+    adjusted = probs / prior ** tau
+    return adjusted / adjusted.sum(-1, keepdim=True)
+
+
 def simplex_grid(T, n):
     """All points of the simplex whose T coordinates are multiples of 1 / n: float tensor G x T."""
-    bars = np.array(list(combinations(range(n + T - 1), T - 1)), dtype=np.int64).reshape(-1, T - 1)
+    bars = np.array(list(combinations(range(n + T - 1), T - 1)), dtype=np.int64).reshape(math.comb(n + T - 1, T - 1), T - 1)
     edges = np.concatenate([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), n + T - 1)], 1)
     return torch.from_numpy(np.diff(edges, axis=1) - 1).float() / n
 
@@ -368,10 +373,16 @@ def mix(probs, lam):
 def aggregate(probs, split, env):
     """The three mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K, view 0 clean.
 
-    Every prediction is the mean over the clean image and its views. lambda is found from the first two random views.
+    Every prediction is the mean over the clean image and its views. lambda is found from the first two random views. With --tau above 0
+    the mixtures (not the sub-models alone) see each sub-model freed of the prior that its stage's draws and margin gave it.
     """
     T = len(probs)
     mean_views = probs.mean(1)
+    raw = mean_views
+    if env.args.tau > 0:
+        priors = [torch.from_numpy(p).to(log_alpha) * log_alpha.exp() for _, log_alpha, p in env.stages.values()]
+        probs = torch.stack([adjust_prior(p, prior / prior.sum(), env.args.tau) for p, prior in zip(probs, priors)])
+        mean_views = probs.mean(1)
     start = time.perf_counter()
     grams = view_grams(probs[:, 1], probs[:, 2])
     lam = {"instance": instance_weights(None, None, grams), "group": group_weights(None, None, grams),
@@ -389,12 +400,12 @@ def aggregate(probs, split, env):
         chosen = lam["instance"].cpu().numpy()[np.isin(split.labels, classes)]
         result["lambda_by_group"][name] = [float(v) for v in chosen.mean(0)] if len(chosen) else None
     result["group_lambda"] = [float(v) for v in lam["group"][0]]
-    result["alone"] = [accuracy(p, split, env) for p in mean_views]
-    hits = (mean_views.argmax(2).cpu().numpy() == split.labels)  # T x N
+    result["alone"] = [accuracy(p, split, env) for p in raw]
+    hits = (raw.argmax(2).cpu().numpy() == split.labels)  # T x N
     expert = np.zeros(len(env.counts), dtype=np.int64)  # the sub-model whose stage covers the class
     for t, (stage, (classes, _, _)) in enumerate(env.stages.items()):
         expert[classes] = t
-    oracle = mean_views[torch.from_numpy(expert[split.labels]).to(probs.device), torch.arange(len(split), device=probs.device)]
+    oracle = raw[torch.from_numpy(expert[split.labels]).to(probs.device), torch.arange(len(split), device=probs.device)]
     result["oracle_by_true_group"] = accuracy(oracle, split, env)
     result["at_least_one_right"] = float(100 * hits.any(0).mean())
     return result
@@ -484,32 +495,6 @@ def draw_figures(report, out):
         plt.close()
 
 
-def write_json(path, value):
-    """Write JSON to a temporary file, then rename."""
-    write_atomic(path, lambda tmp: Path(tmp).write_text(json.dumps(value, indent=1)))
-
-
-def write_log(path, rows):
-    """log.csv, one row an epoch."""
-    def write(tmp):
-        with open(tmp, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    write_atomic(path, write)
-
-
-def git_commit():
-    """Commit of the script's folder, with "+" when files differ from it; "unknown" outside git."""
-    here = Path(__file__).resolve().parent
-    try:
-        run = [subprocess.run(["git", *c], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-               for c in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])]
-        return run[0] + ("+" if run[1] else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # ---------------------------------------------------------------------------------------------------------------- flags and main
 
 def parse_args(argv=None):
@@ -517,7 +502,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Decoupled Optimisation for long-tailed recognition",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_data_arguments(parser)
-    parser.add_argument("--aug", choices=["strong", "basic", "none"], default="strong", help="basic: crop and flip; strong: + RandAugment, Cutout")
+    parser.add_argument("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment, Cutout")
     model = parser.add_argument_group("model and optimiser (defaults by dataset: RECIPES)")
     model.add_argument("--arch", help="resnet32, resnet50, resnet152 or another torchvision classifier")
     model.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
@@ -535,10 +520,11 @@ def parse_args(argv=None):
     method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights")
     method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most")
     method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt)")
-    method.add_argument("--tpd-iters", type=int, default=10, help="retraining iterations after each of them (the paper: 1)")
-    method.add_argument("--tpd-lr", type=float, default=0.01, help="rate of that retraining, cosine to 0")
+    method.add_argument("--tpd-iters", type=int, help="retraining iterations after each of them (20; the paper: 1)")
+    method.add_argument("--tpd-lr", type=float, default=0.02, help="rate of that retraining, cosine to 0")
     method.add_argument("--reinit", type=float, default=1.0, help="scale of the fresh weights; 0 starts them at zero")
     method.add_argument("--agg", choices=["instance", "group", "mean"], default="instance", help="the mixture that is reported as the result")
+    method.add_argument("--tau", type=float, default=0.0, help="0: mix the sub-models as they are (the paper); 1: each freed of its stage's prior")
     method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one")
     system = parser.add_argument_group("system")
     system.add_argument("--seed", type=int, default=0)
@@ -554,9 +540,9 @@ def parse_args(argv=None):
     recipe = dict(RECIPES["folder" if path_given and not args.dataset.endswith(".npz") else "cifar100" if path_given else args.dataset])
     if args.dataset == "cifar100" and args.imb == 50:
         recipe = dict(RECIPES["cifar100 imb 50"])
-    for key, value in ({"batch_size": 256} | recipe).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    defaults = {key: value for key, value in ({"batch_size": 256, "aug": "strong", "tpd_iters": 20} | recipe).items() if getattr(args, key) is None}
+    for key, value in defaults.items():
+        setattr(args, key, value)
     if args.imb is None and args.dataset in ("cifar10", "cifar100") and args.imb_type != "keep":
         args.imb = 100.0
     known = ("many", "medium", "medium-top", "medium-low", "few")
@@ -571,9 +557,9 @@ def parse_args(argv=None):
             values = [kind(v) for v in values]
         except ValueError:
             raise InputError(f"--{flag} {getattr(args, flag)}: give numbers with commas between") from None
-        if len(values) > 1 and len(values) < n:
+        if len(values) not in (1, n) and flag not in defaults:
             raise InputError(f"--{flag} {getattr(args, flag)}: {len(values)} values for {n}; give one, or one a stage")
-        setattr(args, flag, (values * n if len(values) == 1 else values)[:n])
+        setattr(args, flag, (values + values[-1:] * n)[:n])
     per_stage("epochs", int)
     per_stage("lr", float)
     per_stage("schedule", str)
@@ -596,7 +582,7 @@ def parse_args(argv=None):
 
 
 # flags that may differ between a checkpoint and the run that goes on from it
-FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "device", "data_root"}
+FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "tau", "views", "device", "data_root"}
 STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "batch_size", "weight_decay", "seed", "precision"}
 
 
@@ -675,10 +661,9 @@ def main(argv=None):
         model.stage_norms = state["norms"]
         torch.set_rng_state(state["rng"].cpu())
     out.mkdir(parents=True, exist_ok=True)
-    plain = vars(args) | {"gamma": args.gamma}
 
     def save(path, stage, epoch, optimizer=None):
-        save_checkpoint(path, {"args": plain, "stage": stage, "epoch": epoch, "report": report, "model": model.state_dict(),
+        save_checkpoint(path, {"args": vars(args), "stage": stage, "epoch": epoch, "report": report, "model": model.state_dict(),
                                "norms": model.stage_norms, "optimizer": optimizer and optimizer.state_dict(), "rng": torch.get_rng_state()})
 
     def record(stage, after):
@@ -745,8 +730,7 @@ def main(argv=None):
             for name, split in (("val", data.val), ("test", data.test)):
                 if len(split):
                     p = predict(model, split.images, env, args.views)
-                    adjusted = p / prior  # logit adjustment with tau 1 (Menon et al., ICLR 2021), after training
-                    adjusted /= adjusted.sum(2, keepdim=True)
+                    adjusted = adjust_prior(p, prior, 1.0)
                     report["bar"][name] = {"ce": accuracy(p.mean(0), split, env), "ce_la": accuracy(adjusted.mean(0), split, env),
                                            "ce_clean": accuracy(p[0], split, env), "ce_la_clean": accuracy(adjusted[0], split, env)}
             report["importance_by_group"]["cross-entropy"] = importance_by_group(model, env)
@@ -754,8 +738,8 @@ def main(argv=None):
         # ---- TPD: what the stage keeps is frozen, the rest starts afresh; the last stage keeps all that is left
         if t < T:
             def measure():
-                return float(np.mean([v for c, v in enumerate(accuracy(predict(model, data.val.images, env)[0], data.val, env)["per_class"])
-                                      if c in classes and v is not None]))
+                per_class = accuracy(predict(model, data.val.images, env)[0], data.val, env)["per_class"]
+                return float(np.mean([per_class[c] for c in classes if per_class[c] is not None]))
             if args.gamma == "auto":
                 ratios = [g / 10 for g in range(10)]
                 curve = decouple(model, t, stage, ratios, env, measure)
@@ -777,7 +761,6 @@ def main(argv=None):
         save(out / "last.pt", t, epoch)
 
     # ---- test time: mix the nested sub-models
-    start = time.perf_counter()
     submodels = []
     for s in range(1, T + 1):
         sub = build_model(args.arch, data.num_classes).to(device, memory_format=torch.channels_last)
@@ -802,7 +785,7 @@ def main(argv=None):
         {"arch": args.arch, "class_names": data.class_names, "mean": mean.cpu(), "std": std.cpu(), "stages": args.order,
          "model": {k: v.cpu() for k, v in model.state_dict().items()}, "norms": {s: {k: v.cpu() for k, v in n.items()} for s, n in model.stage_norms.items()}}, tmp))
     result = {"method": "do", "dataset": args.dataset, "imb": args.imb, "arch": args.arch, "seed": args.seed, "split_seed": args.split_seed,
-              "epochs": args.epochs, "args": plain, "acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
+              "epochs": args.epochs, "args": vars(args), "acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
               "ece": chosen["ece"], "submodels": report["submodels"], "aggregations": report["test"]["aggregations"],
               "lambda_by_group": report["test"]["lambda_by_group"], "gammas": report["gammas"], "importance_by_group": report["importance_by_group"],
               "bar": report["bar"], "pruning_curve": report["pruning_curve"], "test": report["test"], "val": report.get("val"),

@@ -8,7 +8,10 @@
 Run as a script it prints parameters, FLOPs and images per second:  python models.py --arch resnet32 --batch-size 256
 """
 import argparse
+import csv
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,6 +134,32 @@ def write_atomic(path, write):
     tmp = f"{path}.tmp"
     write(tmp)
     os.replace(tmp, path)
+
+
+def write_json(path, value):
+    """Write JSON to a temporary file, then rename."""
+    write_atomic(path, lambda tmp: Path(tmp).write_text(json.dumps(value, indent=1)))
+
+
+def write_log(path, rows):
+    """log.csv, one row an epoch."""
+    def write(tmp):
+        with open(tmp, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    write_atomic(path, write)
+
+
+def git_commit():
+    """Commit of the script's folder, with "+" when files differ from it; "unknown" outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = [subprocess.run(["git", *c], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+               for c in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])]
+        return run[0] + ("+" if run[1] else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def save_checkpoint(path, state):
