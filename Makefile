@@ -24,5 +24,5 @@ reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50, every seed of
 	  $(V) do_lt.py --dataset cifar100 --imb $$imb --data-root $(DATA) --seed $$seed --resume --export || exit $$?; \
 	done; done
 
-clean:
-	rm -rf .venv runs __pycache__ .pytest_cache
+clean:  ## what can be made again in minutes; runs/ stays but for the demo
+	rm -rf .venv runs/demo_do __pycache__ .pytest_cache

@@ -109,7 +109,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     Without a validation split of its own, the training images that the long-tailed draw leaves out (50 a class at most) are it.
     Raises InputError.
     """
-    if imb is not None and imb < 1:
+    if imb is not None and not 1 <= imb < math.inf:
         raise InputError(f"--imb {imb:g}: the largest class over the smallest; give a number of at least 1")
     path = Path(name)
     arrays = {}
@@ -129,13 +129,15 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     if imb is None:
         imb_type = "keep"
 
+    for key in [k for k in arrays if k.endswith("_labels")]:
+        arrays[key] = check_labels(source, key, arrays[key])
     names = arrays.get("class_names")
     num_classes = len(names) if names is not None else int(arrays["train_labels"].max()) + 1
     names = [str(n) for n in names] if names is not None else [str(c) for c in range(num_classes)]
     splits = {}
     for part in ("train", "val", "test"):
         images, labels = arrays.get(f"{part}_images"), arrays.get(f"{part}_labels")
-        if images is not None:
+        if images is not None and labels is not None:
             splits[part] = check_split(source, part, images, labels, num_classes)
     available = np.bincount(splits["train"].labels, minlength=num_classes)
     if available.min() == 0:
@@ -155,11 +157,19 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     return Dataset(name, train, val, splits["test"], np.bincount(train.labels, minlength=num_classes), names, source)
 
 
+def check_labels(source, key, labels):
+    """Labels as int64 (N,). Raises InputError unless they are whole numbers, one an image; an empty train or test split is refused."""
+    labels = np.asarray(labels)
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # MedMNIST keeps a column
+    if labels.dtype.kind not in "iuf" or labels.ndim != 1 or not np.array_equal(labels, labels.astype(np.int64)):
+        raise InputError(f"{source}: {key} is {labels.dtype} {labels.shape}; store one whole number an image")
+    if not len(labels) and not key.startswith("val"):
+        raise InputError(f"{source}: {key} is empty; there must be images to train on and to test on")
+    return labels.astype(np.int64)
+
+
 def check_split(source, part, images, labels, num_classes):
     """A Split from raw arrays, grey images repeated to three channels. Raises InputError for wrong shapes, types or labels."""
-    labels = np.asarray(labels).astype(np.int64)
-    if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST keeps a column
-        labels = labels[:, 0]
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
@@ -374,10 +384,10 @@ def affine(x, matrix):
     """Resample at `matrix` (n x 2 x 3: output to input position, in pixels from the centre), nearest pixel, black outside."""
     n, _, h, w = x.shape
     matrix = matrix.float()
-    half = torch.tensor([w / 2, h / 2], device=x.device)
     ys, xs = torch.meshgrid(torch.arange(h, device=x.device) + 0.5 - h / 2, torch.arange(w, device=x.device) + 0.5 - w / 2, indexing="ij")
     base = torch.stack([xs, ys, torch.ones_like(xs)], -1).view(1, h * w, 3)
-    grid = base.expand(n, -1, -1).bmm(matrix.transpose(1, 2) / half).view(n, h, w, 2)
+    scaled = torch.stack([matrix[:, 0] * (2 / w), matrix[:, 1] * (2 / h)], 2)  # grid_sample counts -1..1 across the image
+    grid = base.expand(n, -1, -1).bmm(scaled).view(n, h, w, 2)
     return F.grid_sample(x.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).round_().to(torch.uint8)
 
 
@@ -476,14 +486,18 @@ def cutout(images, rng, side):
 
 
 def augment(images, rng, kind="strong"):
-    """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop, flip, RandAugment, Cutout).
+    """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop, flip, RandAugment; on images of up to
+    64 pixels Cutout too).
 
     images: uint8 n x 3 x H x W, any device. rng: numpy Generator. Returns uint8 n x 3 x H x W.
     """
     if kind == "none":
         return images
     images = crop_flip(images, rng, images.shape[-1] // 8).contiguous()
-    return cutout(rand_augment(images, rng), rng, images.shape[-1] // 2) if kind == "strong" else images
+    if kind == "basic":
+        return images
+    images = rand_augment(images, rng)
+    return cutout(images, rng, images.shape[-1] // 2) if images.shape[-1] <= 64 else images
 
 
 def normalize(images, mean, std):
@@ -534,19 +548,28 @@ def show(value):
 
 # ------------------------------------------------------------------------------------------------------------ as a script
 
+def argument_parser(description):
+    """An ArgumentParser whose complaints are one line and exit code 2, as all others of the scripts."""
+    def error(message):
+        raise InputError(f"{message}; --help lists the flags")
+    parser = argparse.ArgumentParser(description=description)
+    parser.error = error
+    return parser
+
+
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     parser.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, synth, or the path of an .npz or an image folder")
     parser.add_argument("--data-root", default="data", help="where NAME.npz or torchvision's files are")
-    parser.add_argument("--imb", type=float, help="largest class over smallest (default 100 for cifar, else the data as they are)")
-    parser.add_argument("--imb-type", choices=["exp", "step", "keep"], default="exp", help="keep: the data as they are")
+    parser.add_argument("--imb", type=float, help="largest class over smallest (default: cifar 100, synth 60, else the data as they are)")
+    parser.add_argument("--imb-type", choices=["exp", "step", "keep"], default="exp", help="keep: the data as they are; synth knows exp alone")
     parser.add_argument("--split-seed", type=int, default=0, help="which images the long-tailed split keeps; 0 is LDAM-DRW's")
     parser.add_argument("--size", type=int, help="side in pixels to which a folder's images are decoded (default 224)")
 
 
 def main():
     """Show a split, and freeze it with --pack."""
-    parser = argparse.ArgumentParser(description="show a long-tailed split, or freeze it into one file")
+    parser = argument_parser("show a long-tailed split, or freeze it into one file")
     add_data_arguments(parser)
     parser.add_argument("--pack", metavar="FILE.npz", help="write exactly these train, val and test images into a file")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, augment, channel_stats, class_groups, crop_flip,
+from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, augment, channel_stats, class_groups, crop_flip,
                      expected_calibration_error, group_accuracy, load_dataset, normalize, show)
 from models import (OWNER, add_owner_masks, build_model, fast_bf16, git_commit, keep_memory, keep_stage_norms, load_checkpoint,
                     pick_device, save_checkpoint, submodel_state, weight_layers, write_atomic, write_json, write_log)
@@ -139,49 +139,48 @@ def simplex_grid(T, n):
 def view_grams(p1, p2):
     """Inner products of the T sub-models' predictions: (between the views, within view 1, within view 2), each U x T x T.
     All that Eq. 5 needs of the predictions. p1, p2: T x U x K."""
+    p1, p2 = p1.double(), p2.double()  # confident predictions leave differences that float32 loses
     return tuple(torch.einsum("tuk,suk->uts", a, b) for a, b in ((p1, p2), (p1, p1), (p2, p2)))
 
 
 def view_cosine(grams, lam):
-    """Cosine similarity of the two mixed predictions (Eq. 5). lam: G x T, the same for all images, or U x G x T -> U x G."""
+    """Cosine similarity of the two mixed predictions (Eq. 5 writes the inner product, the text cosine). lam: G x T, the same for all
+    images, or U x G x T -> U x G. A trace is taken off for leaving equal weights, so that a tie goes to the mean."""
     form = "uts,gt,gs->ug" if lam.dim() == 2 else "uts,ugt,ugs->ug"
     between, first, second = (torch.einsum(form, g, lam, lam) for g in grams)
-    return between / (first * second).sqrt().clamp_min(1e-12)
+    return between / (first * second).sqrt().clamp_min(1e-12) - 1e-9 * (lam - 1 / lam.shape[-1]).square().sum(-1)
 
 
-def refine(grams, lam, step, rounds, mean):
-    """Walk to better neighbours on ever finer simplex lattices, all images at once. lam: U x T (mean: 1 x T, one for all images)."""
-    T = lam.shape[1]
-    eye = torch.eye(T).to(lam)
-    moves = torch.cat([torch.zeros(1, T).to(lam), (eye[:, None] - eye[None]).view(-1, T)])
-    for i in range(rounds):
-        near = lam[:, None] + moves * step / 2 ** (i // 4 + 1)  # U x G x T, up to four moves of each size
-        value = view_cosine(grams, near.expand(len(grams[0]), -1, -1))
-        value = value.mean(0, keepdim=True) if mean else value
-        value = value.masked_fill((near < -1e-6).any(2), -math.inf)
-        lam = near[torch.arange(len(lam), device=lam.device), value.argmax(1)].clamp_min(0)
-    return lam / lam.sum(1, keepdim=True)
+def best_weights(grams, one_for_all):
+    """The lambda on the simplex with the best view_cosine: U x T, or 1 x T with the best mean over the images when one_for_all.
 
-
-def instance_weights(p1, p2, grams=None):
-    """lambda of each test image: the point of the simplex where its two mixed predictions agree best (Eq. 5).
-
-    p1, p2: predictions of T sub-models for two views, T x U x K probabilities -> lambda, U x T, rows summing to 1.
-    The objective depends on T x T inner products alone, so the whole simplex is searched: a lattice of 1/20 (T = 4: 1/10), then finer
-    ones around its best point. No gradient, no step size, no pass of the network.
+    The objective depends on T x T inner products alone, so the simplex itself is searched, where the paper climbs a softmax of T numbers:
+    a lattice of 1/20 (T > 3: 1/10), then steps to neighbours on ever finer ones. No gradient, no step size, no pass of the network.
     """
-    grams = view_grams(p1, p2) if grams is None else grams
-    n = 20 if grams[0].shape[1] <= 3 else 10
-    grid = simplex_grid(grams[0].shape[1], n).to(grams[0])
-    return refine(grams, grid[view_cosine(grams, grid).argmax(1)], 1 / n, 24, mean=False)
+    T = grams[0].shape[1]
+    n = 20 if T <= 3 else 10
+    grid, eye = simplex_grid(T, n).to(grams[0]), torch.eye(T).to(grams[0])
+    moves = torch.cat([torch.zeros_like(eye[:1]), (eye[:, None] - eye[None]).view(-1, T)])
+    value = view_cosine(grams, grid)
+    lam = grid[value.mean(0, keepdim=True).argmax(1) if one_for_all else value.argmax(1)]
+    for i in range(24):
+        near = lam[:, None] + moves / n / 2 ** (i // 4 + 1)  # U x G x T, up to four moves of each size
+        value = view_cosine(grams, near.expand(len(grams[0]), -1, -1))
+        value = value.mean(0, keepdim=True) if one_for_all else value
+        value = value.masked_fill((near < -1e-9).any(2), -math.inf)
+        lam = near[torch.arange(len(lam), device=lam.device), value.argmax(1)].clamp_min(0)
+    return (lam / lam.sum(1, keepdim=True)).float()
 
 
-def group_weights(p1, p2, grams=None):
+def instance_weights(p1, p2):
+    """lambda of each test image: the point of the simplex where its two mixed predictions agree best (Eq. 5).
+    p1, p2: predictions of T sub-models for two views, T x U x K probabilities -> lambda, U x T, rows summing to 1."""
+    return best_weights(view_grams(p1, p2), one_for_all=False)
+
+
+def group_weights(p1, p2):
     """One lambda for the whole test set, 1 x T: best mean agreement of the views (as SADE does; Zhang et al., NeurIPS 2022)."""
-    grams = view_grams(p1, p2) if grams is None else grams
-    n = 20 if grams[0].shape[1] <= 3 else 10
-    grid = simplex_grid(grams[0].shape[1], n).to(grams[0])
-    return refine(grams, grid[view_cosine(grams, grid).mean(0).argmax()][None], 1 / n, 24, mean=True)
+    return best_weights(view_grams(p1, p2), one_for_all=True)
 
 
 # ------------------------------------------------------------------------------------------------------- batches and predictions
@@ -269,6 +268,21 @@ def train(model, optimizer, rate, weight_decay, data, log_alpha, masks, env):
     return loss_sum, tally
 
 
+def stop_if_not_finite(loss, model, where):
+    """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
+    if not torch.stack([loss, *(v.sum() for v in model.state_dict().values() if v.is_floating_point())]).isfinite().all():
+        print(f"error: the loss became {loss.item()} in {where}; the last checkpoint is kept: lower --lr and start again, "
+              "or look at the data", file=sys.stderr)
+        sys.exit(3)
+
+
+def clock(device):
+    """Seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def make_optimizer(model, lr):
     """SGD with momentum 0.9; weight decay is added in `train`, where frozen weights are spared."""
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
@@ -290,12 +304,11 @@ def reestimate_batchnorm(model, data, env):
 
 
 def class_losses(model, classes, cap, log_alpha, env):
-    """L_y, the loss averaged over at most `cap` training images of class y, for each of `classes` (a generator, graphs attached)."""
+    """L_y, the loss averaged over at most `cap` training images of class y, not augmented, for each of
+    `classes` (a generator, graphs attached)."""
     model.eval()
-    order = np.argsort(env.labels_np, kind="stable")
-    ends = np.cumsum(env.counts)
     for c in classes:
-        idx = torch.from_numpy(order[ends[c] - env.counts[c]:ends[c]][:cap]).to(env.device)
+        idx = torch.from_numpy(np.flatnonzero(env.labels_np == c)[:cap]).to(env.device)
         x = normalize(env.images[idx].permute(0, 3, 1, 2), env.mean, env.std)
         yield compensation_loss(logits_of(model, x, env), env.labels[idx], log_alpha)
 
@@ -316,7 +329,8 @@ def prune_to(model, alive, ratio, scores):
 def decouple(model, t, stage, gammas, env, measure=None):
     """Taylor-guided Parameter Decoupling: prune the free weights to each ratio of `gammas` in turn, gradually, retraining in between.
 
-    Returns [(ratio, measure(), snapshot)], the network's state at each ratio. The last state stays in the model.
+    Returns `alive`, {layer: bool tensor} of the weights kept, and the curve [(ratio, measure(), state dict, alive)] when `measure` is
+    given. The model is left at the last ratio.
     """
     args, dt = env.args, env.args.tpd_steps
     layers = weight_layers(model)
@@ -335,21 +349,26 @@ def decouple(model, t, stage, gammas, env, measure=None):
             scores = taylor_importance([m.weight for m in layers.values()],
                                        class_losses(model, classes, args.importance_images, log_alpha, env), args.importance, random)
             prune_to(model, alive, gradual_ratio(step, dt, before, gamma), scores)
+            masks = trainable_masks(model, alive)
+            for weight, mask in masks:  # a weight just pruned must not drift on from zero
+                if "momentum_buffer" in optimizer.state[weight]:
+                    optimizer.state[weight]["momentum_buffer"].mul_(mask)
             data = batches(env, draws[i, step - 1], [args.seed, t, 2, i, step], args.aug)
-            train(model, optimizer, rate[(step - 1) * args.tpd_iters:step * args.tpd_iters], args.weight_decay, data, log_alpha,
-                  trainable_masks(model, alive), env)
+            loss, _ = train(model, optimizer, rate[(step - 1) * args.tpd_iters:step * args.tpd_iters], args.weight_decay, data, log_alpha,
+                            masks, env)
+            stop_if_not_finite(loss, model, f"pruning after stage {t}")
         if gamma > 0:
             reestimate_batchnorm(model, batches(env, draws[i].ravel()[:40 * args.batch_size], [args.seed, t, 3, i], args.aug), env)
-        state = {k: v.clone() for k, v in model.state_dict().items()}
-        curve.append((gamma, measure() if measure else None, state, {n: a.clone() for n, a in alive.items()}))
+        if measure:
+            curve.append((gamma, measure(), {k: v.clone() for k, v in model.state_dict().items()}, {n: a.clone() for n, a in alive.items()}))
         before = gamma
-    return curve
+    return alive, curve
 
 
 def last_ratio_before_largest_drop(ratios, accuracies):
     """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls most."""
-    drops = np.array(accuracies[:-1]) - np.array(accuracies[1:])
-    return ratios[int(drops.argmax())]
+    drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])  # not the drop from 0: the next stage needs free weights
+    return ratios[1 + int(drops.argmax())]
 
 
 def keep_and_restart(model, t, alive, generator, scale):
@@ -383,13 +402,11 @@ def aggregate(probs, split, env):
         priors = [torch.from_numpy(p).to(log_alpha) * log_alpha.exp() for _, log_alpha, p in env.stages.values()]
         probs = torch.stack([adjust_prior(p, prior / prior.sum(), env.args.tau) for p, prior in zip(probs, priors)])
         mean_views = probs.mean(1)
-    start = time.perf_counter()
-    grams = view_grams(probs[:, 1], probs[:, 2])
-    lam = {"instance": instance_weights(None, None, grams), "group": group_weights(None, None, grams),
-           "mean": torch.full((1, T), 1 / T, device=probs.device)}
-    if env.device.type == "cuda":
-        torch.cuda.synchronize()
-    result = {"weights_seconds": time.perf_counter() - start, "aggregations": {}, "lambda_by_group": {}}
+    start = clock(env.device)
+    lam = {"instance": instance_weights(probs[:, 1], probs[:, 2])}
+    seconds = clock(env.device) - start
+    lam |= {"group": group_weights(probs[:, 1], probs[:, 2]), "mean": torch.full((1, T), 1 / T, device=probs.device)}
+    result = {"weights_seconds": seconds, "aggregations": {}, "lambda_by_group": {}}
     for name, weights in lam.items():
         mixed = mix(mean_views, weights)
         acc = accuracy(mixed, split, env)
@@ -428,23 +445,13 @@ def row(label, acc):
     return f"{label:34}" + "".join(f"{show(acc[g]):>8}" for g in (*GROUPS, "all"))
 
 
-def print_report(report, counts):
+def print_report(report, views):
     """The tables of the paper, from the figures of this run."""
     head = f"{'':34}" + "".join(f"{g:>8}" for g in (*GROUPS, "all"))
     print(f"\nSub-models on the clean test images (the paper's Table 7)\n{head}")
     for entry in report["submodels"]:
         print(row(f"stage {entry['stage']} ({entry['group']}) after {entry['after'].upper()}", entry["acc"]))
     test = report["test"]
-    views = report["views"]
-    print(f"\nMean over the clean image and {views} crop-and-flip views\n{head}")
-    print(row("stage 1: plain cross-entropy", report["bar"]["test"]["ce"]))
-    print(row("  + logit adjustment (the bar)", report["bar"]["test"]["ce_la"]))
-    for t, acc in enumerate(test["alone"], 1):
-        print(row(f"sub-model {t} alone", acc))
-    for name in ("instance", "group", "mean"):
-        print(row(f"DO, {name} weights", test["aggregations"][name]))
-    print(row("(diagnosis) oracle by true group", test["oracle_by_true_group"]))
-    print(f"{'(diagnosis) a sub-model is right':34}{'':24}{test['at_least_one_right']:8.1f}")
     print("\nMean lambda of the instance weights by class group (Table 9), one column a sub-model")
     for name, lam in test["lambda_by_group"].items():
         print(f"{name:10}" + ("".join(f"{v:8.2f}" for v in lam) if lam else "       -"))
@@ -454,6 +461,17 @@ def print_report(report, counts):
     for stage, curve in report["pruning_curve"].items():
         print(f"\nPruning curve of stage {stage} on the validation split (Fig. 4): ratio pruned, accuracy of the stage's classes")
         print("  ".join(f"{g:.1f}: {a:.1f}" for g, a in curve))
+    print(f"\nMean over the clean image and {views} crop-and-flip views\n{head}")
+    if report["bar"]:
+        print(row("stage 1: plain cross-entropy", report["bar"]["test"]["ce"]))
+        print(row("  + logit adjustment (the bar)", report["bar"]["test"]["ce_la"]))
+    for t, acc in enumerate(test["alone"], 1):
+        print(row(f"sub-model {t} alone", acc))
+    for name in ("instance", "group", "mean"):
+        print(row(f"DO, {name} weights", test["aggregations"][name]))
+    print(row("(diagnosis) oracle by true group", test["oracle_by_true_group"]))
+    print(f"{'(diagnosis) a sub-model is right':34}{'':24}{test['at_least_one_right']:8.1f}")
+    print(f"the instance weights took {test['weights_seconds']:.2f} s, the forward passes they rest on {test['forward_seconds']:.1f} s")
 
 
 def draw_figures(report, out):
@@ -468,7 +486,7 @@ def draw_figures(report, out):
     x, width = np.arange(len(GROUPS)), 0.8
 
     def bars(name, title, series):
-        plt.figure(figsize=(6, 3))
+        plt.figure(figsize=(7, 3.2))
         for i, (label, values) in enumerate(series.items()):
             plt.bar(x + width * (i + 0.5) / len(series) - width / 2, [v or 0 for v in values], width / len(series), label=label)
         plt.xticks(x, GROUPS)
@@ -477,10 +495,13 @@ def draw_figures(report, out):
         plt.tight_layout()
         plt.savefig(out / name, dpi=120)
         plt.close()
-    lam = report["test"]["lambda_by_group"]
-    T = len(report["test"]["alone"])
+    test = report["test"]
+    bars("accuracy_by_group.png", "test accuracy by class group, %",
+         ({"cross-entropy + logit adjustment": [report["bar"]["test"]["ce_la"][g] for g in GROUPS]} if report["bar"] else {})
+         | {f"sub-model {t}": [acc[g] for g in GROUPS] for t, acc in enumerate(test["alone"], 1)}
+         | {f"DO, {name}": [acc[g] for g in GROUPS] for name, acc in test["aggregations"].items()})
     bars("lambda_by_group.png", "mean instance weight by class group",
-         {f"sub-model {t + 1}": [lam[g][t] if lam[g] else 0 for g in GROUPS] for t in range(T)})
+         {f"sub-model {t + 1}": [lam[t] if lam else 0 for lam in test["lambda_by_group"].values()] for t in range(len(test["alone"]))})
     bars("importance_by_group.png", "mean Taylor importance of a weight by class group",
          {label: [values[g] for g in GROUPS] for label, values in report["importance_by_group"].items()})
     if report["pruning_curve"]:
@@ -499,55 +520,53 @@ def draw_figures(report, out):
 
 def parse_args(argv=None):
     """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
-    parser = argparse.ArgumentParser(description="Decoupled Optimisation for long-tailed recognition",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argument_parser("Decoupled Optimisation for long-tailed recognition")
     add_data_arguments(parser)
     parser.add_argument("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment, Cutout")
-    model = parser.add_argument_group("model and optimiser (defaults by dataset: RECIPES)")
+    model = parser.add_argument_group("model and optimiser; what shows no default has one by dataset, in RECIPES")
     model.add_argument("--arch", help="resnet32, resnet50, resnet152 or another torchvision classifier")
     model.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     model.add_argument("--epochs", help="one number a stage, as 100,50,50")
     model.add_argument("--lr", help="one number a stage, as 0.05,0.005,0.005")
-    model.add_argument("--schedule", help="one word a stage: cosine (to 0) or constant", default="cosine")
+    model.add_argument("--schedule", help="one word a stage: cosine (to 0) or constant (default %(default)s)", default="cosine")
     model.add_argument("--batch-size", type=int)
     model.add_argument("--weight-decay", type=float, default=5e-4)
     method = parser.add_argument_group("method")
-    method.add_argument("--order", default="many,medium,few", help="the stages: also many,few or many,medium-top,medium-low,few")
+    method.add_argument("--order", default="many,medium,few", help="the stages: also many,few or many,medium-top,medium-low,few (default %(default)s)")
     method.add_argument("--rho", type=float, help="how strongly medium classes are drawn in their stage")
     method.add_argument("--gamma", help="share pruned after each stage but the last, as 0.5,0.8; or auto")
-    method.add_argument("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage")
-    method.add_argument("--draws", choices=["stage", "natural"], default="stage", help="natural: what a stage's draws would do goes into its margin")
-    method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights")
-    method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most")
-    method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt)")
-    method.add_argument("--tpd-iters", type=int, help="retraining iterations after each of them (20; the paper: 1)")
-    method.add_argument("--tpd-lr", type=float, default=0.02, help="rate of that retraining, cosine to 0")
-    method.add_argument("--reinit", type=float, default=1.0, help="scale of the fresh weights; 0 starts them at zero")
-    method.add_argument("--agg", choices=["instance", "group", "mean"], default="instance", help="the mixture that is reported as the result")
-    method.add_argument("--tau", type=float, default=0.0, help="0: mix the sub-models as they are (the paper); 1: each freed of its stage's prior")
-    method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one")
+    method.add_argument("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage (default %(default)s)")
+    method.add_argument("--loss", choices=["compensation", "ce"], default="compensation", help="ce: no margin in any stage (Table 8) (default %(default)s)")
+    method.add_argument("--draws", choices=["stage", "natural"], default="stage", help="natural: what a stage's draws would do goes into its margin (default %(default)s)")
+    method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights (default %(default)s)")
+    method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most (default %(default)s)")
+    method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt) (default %(default)s)")
+    method.add_argument("--tpd-iters", type=int, help="retraining iterations after each of them (the paper: 1; by dataset, mostly 20)")
+    method.add_argument("--tpd-lr", type=float, default=0.02, help="rate of that retraining, cosine to 0 (default %(default)s)")
+    method.add_argument("--reinit", type=float, default=1.0, help="scale of the fresh weights; 0 starts them at zero (default %(default)s)")
+    method.add_argument("--agg", choices=["instance", "group", "mean"], default="instance", help="the mixture that is reported as the result (default %(default)s)")
+    method.add_argument("--tau", type=float, default=0.0, help="0: mix the sub-models as they are (the paper); 1: each freed of its stage's prior (default %(default)s)")
+    method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one (default %(default)s)")
     system = parser.add_argument_group("system")
     system.add_argument("--seed", type=int, default=0)
-    system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it (default %(default)s)")
     system.add_argument("--out", help="folder of the run (default runs/NAME)")
     system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     system.add_argument("--stage1", metavar="FILE", help="begin behind stage 1 with another run's stage1.pt (same data, seed, stage 1)")
     system.add_argument("--export", action="store_true", help="write each sub-model as a plain state dict")
     args = parser.parse_args(argv)
 
-    path_given = args.dataset not in RECIPES
-    recipe = dict(RECIPES["folder" if path_given and not args.dataset.endswith(".npz") else "cifar100" if path_given else args.dataset])
-    if args.dataset == "cifar100" and args.imb == 50:
-        recipe = dict(RECIPES["cifar100 imb 50"])
+    kind = "cifar100 imb 50" if args.dataset == "cifar100" and args.imb == 50 else args.dataset
+    recipe = RECIPES.get(kind, RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
     defaults = {key: value for key, value in ({"batch_size": 256, "aug": "strong", "tpd_iters": 20} | recipe).items() if getattr(args, key) is None}
     for key, value in defaults.items():
         setattr(args, key, value)
-    if args.imb is None and args.dataset in ("cifar10", "cifar100") and args.imb_type != "keep":
-        args.imb = 100.0
+    if args.imb is None and args.imb_type != "keep":
+        args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}.get(args.dataset)
     known = ("many", "medium", "medium-top", "medium-low", "few")
     args.order = args.order.split(",")
-    if set(args.order) - set(known) or len(set(args.order)) != len(args.order) or {"medium", "medium-top"} <= set(args.order):
+    if set(args.order) - set(known) or len(set(args.order)) != len(args.order) or ("medium" in args.order and set(args.order) & {"medium-top", "medium-low"}):
         raise InputError(f"--order {','.join(args.order)}: name each stage once, of {', '.join(known)}")
     T = len(args.order)
 
@@ -569,12 +588,13 @@ def parse_args(argv=None):
             raise InputError(f"--gamma {args.gamma}: shares pruned lie between 0 and 1, exclusive; or auto")
     if not 0 < args.rho < 1:
         raise InputError(f"--rho {args.rho:g}: must lie between 0 and 1, exclusive")
-    if min(args.epochs) < 1 or args.batch_size < 2 or min(args.lr) <= 0:
-        raise InputError("--epochs and --lr must be positive, --batch-size at least 2")
+    for flag, least in (("batch_size", 2), ("views", 2), ("tpd_steps", 1), ("tpd_iters", 1), ("importance_images", 1), ("seed", 0), ("split_seed", 0),
+                        ("weight_decay", 0), ("reinit", 0), ("tau", 0), ("epochs", 1), ("lr", 1e-12)):
+        value = getattr(args, flag)
+        if not all(v >= least and math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
+            raise InputError(f"--{flag.replace('_', '-')} {value}: must be at least {least:g}" + " (two random views are compared)" * (flag == "views"))
     if set(args.schedule) - {"cosine", "constant"}:
         raise InputError(f"--schedule {','.join(args.schedule)}: cosine or constant")
-    if args.views < 2:
-        raise InputError(f"--views {args.views}: the instance weights compare two random views; give 2 or more")
     if args.out is None:
         name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if args.imb else "")
         args.out = f"runs/do_{name}_{args.arch}_seed{args.seed}"
@@ -582,26 +602,33 @@ def parse_args(argv=None):
 
 
 # flags that may differ between a checkpoint and the run that goes on from it
-FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "tau", "views", "device", "data_root"}
-STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "batch_size", "weight_decay", "seed", "precision"}
+FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "tau", "device", "data_root"}
+STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "batch_size", "weight_decay", "seed",
+                "precision"}  # those that shape a stage of natural draws without a margin
 
 
-def check_same_run(saved, args, path, stage1_only):
-    """Raise InputError when the checkpoint's flags are not this run's (for --stage1: those that shaped stage 1)."""
-    now = vars(args)
+def check_same_run(state, args, counts, path, stage1_only):
+    """Raise InputError when a checkpoint is not this run's (for --stage1: when its stage 1 is not this run's)."""
+    if not isinstance(state, dict) or not {"args", "stage", "epoch", "counts", "report", "model", "norms"} <= set(state):
+        raise InputError(f"{path} is no checkpoint of this script; give a run's {'stage1.pt' if stage1_only else 'last.pt'}")
+    saved, now = state["args"], vars(args)
     for key in sorted(STAGE1_FLAGS if stage1_only else set(now) - FREE_FLAGS):
         if saved.get(key) != now[key]:
             raise InputError(f"{path} is of another run: --{key.replace('_', '-')} was {saved.get(key)}, now {now[key]}; "
                              "give the same flags or another --out")
-    if stage1_only and any(saved[k][0] != now[k][0] for k in ("order", "epochs", "lr", "schedule")):
-        raise InputError(f"--stage1 {path}: its stage 1 had another --order, --epochs, --lr or --schedule")
+    if state["counts"] != counts.tolist():
+        raise InputError(f"{path} is of a run on other data: the training images per class differ; give another --out")
+    if stage1_only and (now["order"][0] != "many" or (state["stage"], state["epoch"]) != (1, args.epochs[0])
+                        or any(saved[k][0] != now[k][0] for k in ("order", "epochs", "lr", "schedule"))):
+        raise InputError(f"--stage1 {path}: not the end of a stage 1 with this run's --order, --epochs, --lr and --schedule")
 
 
 def main(argv=None):
     """Train, decouple, aggregate, evaluate: the whole method in the paper's order."""
-    args = parse_args(argv)
+    args, commit = parse_args(argv), git_commit()
     device = pick_device(args.device)
     keep_memory()
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
 
     # ---- data
@@ -610,13 +637,14 @@ def main(argv=None):
     print(f"{data.name} from {data.source}: {data.num_classes} classes, {len(data.train):,} train ({counts.max()}..{counts.min()} a class), "
           f"{len(data.val):,} val, {len(data.test):,} test; " + ", ".join(f"{len(c)} {g}" for g, c in groups.items()))
     for stage in list(args.order):
-        if len(stage_classes(counts, stage)) == 0:
-            at = args.order.index(stage)
+        if len(stage_classes(counts, stage)) == 0 and (at := args.order.index(stage), stage) != (0, "many"):
             print(f"warning: no class is {stage}; its stage is left out")
             for values in (args.order, args.epochs, args.lr, args.schedule):
                 values.pop(at)
-    if args.gamma == "auto" and not len(data.val):
-        raise InputError("--gamma auto measures on a validation split and this dataset has none; give numbers, as 0.5,0.8")
+    if not args.order:
+        raise InputError("--order: none of its stages has a class in this dataset; begin with many")
+    if args.gamma == "auto" and not all(np.isin(data.val.labels, stage_classes(counts, s)).any() for s in args.order[:-1]):
+        raise InputError("--gamma auto measures on validation images of each stage's classes and some have none; give numbers, as 0.5,0.8")
     if args.gamma != "auto":
         args.gamma = args.gamma[:max(len(args.order) - 1, 0)]
     T = len(args.order)
@@ -628,9 +656,11 @@ def main(argv=None):
         stages={})
     for stage in args.order:
         probs, alpha = stage_class_probs(counts, stage, args.rho, args.few_sampling), compensation_alpha(counts, stage, args.rho)
+        alpha = alpha if args.loss == "compensation" else np.ones_like(alpha)
         if args.draws == "natural":
             alpha, probs = draw_by_margin(alpha, probs, counts)
-        env.stages[stage] = stage_classes(counts, stage), torch.from_numpy(np.log(alpha)).float().to(device), probs
+        classes = stage_classes(counts, stage)  # a first stage without classes of its own ("many") serves them all
+        env.stages[stage] = classes if len(classes) else np.arange(len(counts)), torch.from_numpy(np.log(alpha)).float().to(device), probs
 
     # ---- model, and where an interrupted run stood
     torch.manual_seed(args.seed)
@@ -640,30 +670,33 @@ def main(argv=None):
           f"batch {args.batch_size}, seed {args.seed}, split seed {args.split_seed}; writes {out}", flush=True)
     t, epoch, optimizer_state = 1, 0, None
     report = {"submodels": [], "bar": {}, "importance_by_group": {}, "pruning_curve": {}, "gammas": [], "log": [], "train_seconds": 0.0,
-              "images": 0}
+              "tpd_seconds": 0.0, "images": 0}
     state = None
     if args.resume:
-        state = load_checkpoint(out / "last.pt", device)
+        state = load_checkpoint(out / "last.pt")
         if state is None:
             print(f"nothing to resume in {out}: starting from the beginning")
         else:
-            check_same_run(state["args"], args, out / "last.pt", stage1_only=False)
-    elif (out / "last.pt").exists():
+            check_same_run(state, args, counts, out / "last.pt", stage1_only=False)
+    elif list(out.glob("last.pt*")):
         raise InputError(f"--out {out} holds a run: add --resume to go on with it, or give another folder, or delete it")
     if state is None and args.stage1:
-        state = load_checkpoint(args.stage1, device)
+        state = load_checkpoint(args.stage1)
         if state is None:
             raise InputError(f"--stage1 {args.stage1}: no such file")
-        check_same_run(state["args"], args, args.stage1, stage1_only=True)
+        check_same_run(state, args, counts, args.stage1, stage1_only=True)
     if state is not None:
         t, epoch, report, optimizer_state = state["stage"], state["epoch"], state["report"], state["optimizer"]
         model.load_state_dict(state["model"])
-        model.stage_norms = state["norms"]
-        torch.set_rng_state(state["rng"].cpu())
-    out.mkdir(parents=True, exist_ok=True)
+        model.stage_norms = {s: {k: v.to(device) for k, v in norms.items()} for s, norms in state["norms"].items()}
+        torch.set_rng_state(state["rng"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from None
 
     def save(path, stage, epoch, optimizer=None):
-        save_checkpoint(path, {"args": vars(args), "stage": stage, "epoch": epoch, "report": report, "model": model.state_dict(),
+        save_checkpoint(path, {"args": vars(args), "stage": stage, "epoch": epoch, "counts": counts.tolist(), "report": report, "model": model.state_dict(),
                                "norms": model.stage_norms, "optimizer": optimizer and optimizer.state_dict(), "rng": torch.get_rng_state()})
 
     def record(stage, after):
@@ -693,18 +726,15 @@ def main(argv=None):
                   f"{args.schedule[t - 1]}\n{'epoch':>9}{'loss':>9}{'rate':>9}   drawn:{'many':>6}{'medium':>8}{'few':>8}{'all':>8}   val:{'all':>6}"
                   f"{'img/s':>9}{'left':>9}")
         while epoch < args.epochs[t - 1]:
-            start = time.perf_counter()
+            start = clock(device)
             sampler.set_epoch(epoch)
             fraction = (epoch + np.arange(steps) / steps) / args.epochs[t - 1]
             rate = args.lr[t - 1] * (0.5 + 0.5 * np.cos(math.pi * fraction) if args.schedule[t - 1] == "cosine" else np.ones(steps))
             loss, tally = train(model, optimizer, rate.tolist(), args.weight_decay,
                                 batches(env, sampler.indices(), [args.seed, t, 1, epoch], args.aug), log_alpha, masks, env)
+            stop_if_not_finite(loss, model, f"stage {t}, epoch {epoch + 1}")
             loss = loss.item() / len(data.train)
-            if not math.isfinite(loss):
-                print(f"error: the loss became {loss} in stage {t}, epoch {epoch + 1}; the checkpoint before is kept: "
-                      f"lower --lr and start again, or look at the data", file=sys.stderr)
-                sys.exit(3)
-            seconds = time.perf_counter() - start
+            seconds = clock(device) - start
             epoch += 1
             report["train_seconds"] += seconds
             report["images"] += len(data.train)
@@ -725,7 +755,7 @@ def main(argv=None):
             save(out / "stage1.pt", t, epoch, optimizer)
         record(t, "cpo")
 
-        if t == 1:  # the bar, and the importance before: stage 1 is plain cross-entropy
+        if t == 1 and stage == "many":  # stage 1 is plain cross-entropy: the bar, and the importance before
             prior = torch.from_numpy(counts / counts.sum()).to(device, torch.float32)
             for name, split in (("val", data.val), ("test", data.test)):
                 if len(split):
@@ -736,21 +766,23 @@ def main(argv=None):
             report["importance_by_group"]["cross-entropy"] = importance_by_group(model, env)
 
         # ---- TPD: what the stage keeps is frozen, the rest starts afresh; the last stage keeps all that is left
+        start = clock(device)
         if t < T:
             def measure():
                 per_class = accuracy(predict(model, data.val.images, env)[0], data.val, env)["per_class"]
                 return float(np.mean([per_class[c] for c in classes if per_class[c] is not None]))
             if args.gamma == "auto":
                 ratios = [g / 10 for g in range(10)]
-                curve = decouple(model, t, stage, ratios, env, measure)
+                _, curve = decouple(model, t, stage, ratios, env, measure)
                 report["pruning_curve"][stage] = [(g, a) for g, a, _, _ in curve]
                 gamma = last_ratio_before_largest_drop(ratios, [a for _, a, _, _ in curve])
                 _, _, best, alive = curve[round(10 * gamma)]
                 model.load_state_dict(best)
             else:
                 gamma = args.gamma[t - 1]
-                (_, _, _, alive), = decouple(model, t, stage, [gamma], env)
+                alive, _ = decouple(model, t, stage, [gamma], env)
             report["gammas"].append(gamma)
+            report["tpd_seconds"] += clock(device) - start
             print(f"TPD: {100 * gamma:.0f} % of the free weights pruned by {args.importance} importance")
             record(t, "tpd")
         else:
@@ -769,18 +801,17 @@ def main(argv=None):
         report["importance_by_group"][f"sub-model {s}"] = importance_by_group(sub, env)
     for name, split in (("val", data.val), ("test", data.test)):
         if len(split):
-            start = time.perf_counter()
+            start = clock(device)
             probs = torch.stack([predict(sub, split.images, env, args.views) for sub in submodels])
-            seconds = time.perf_counter() - start
+            seconds = clock(device) - start
             report[name] = aggregate(probs, split, env) | {"forward_seconds": seconds}
-    report["views"] = args.views
-    print_report(report, counts)
+    print_report(report, args.views)
 
     # ---- files
     chosen = report["test"]["aggregations"][args.agg]
     if args.export:
         for s, sub in enumerate(submodels, 1):
-            write_atomic(out / f"submodel{s}.pt", lambda tmp, sub=sub: torch.save(sub.state_dict(), tmp))
+            write_atomic(out / f"submodel{s}.pt", lambda tmp, sub=sub: torch.save({k: v.cpu() for k, v in sub.state_dict().items()}, tmp))
     write_atomic(out / "model.pt", lambda tmp: torch.save(
         {"arch": args.arch, "class_names": data.class_names, "mean": mean.cpu(), "std": std.cpu(), "stages": args.order,
          "model": {k: v.cpu() for k, v in model.state_dict().items()}, "norms": {s: {k: v.cpu() for k, v in n.items()} for s, n in model.stage_norms.items()}}, tmp))
@@ -789,9 +820,10 @@ def main(argv=None):
               "ece": chosen["ece"], "submodels": report["submodels"], "aggregations": report["test"]["aggregations"],
               "lambda_by_group": report["test"]["lambda_by_group"], "gammas": report["gammas"], "importance_by_group": report["importance_by_group"],
               "bar": report["bar"], "pruning_curve": report["pruning_curve"], "test": report["test"], "val": report.get("val"),
-              "images_per_second": report["images"] / report["train_seconds"], "train_seconds": report["train_seconds"],
+              "images_per_second": report["images"] / report["train_seconds"], "train_seconds": report["train_seconds"] + report["tpd_seconds"],
               "eval_seconds": report["test"]["forward_seconds"] + report["test"]["weights_seconds"],
-              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__, "git": git_commit()}
+              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__, "precision": "bf16" if env.bf16 else "fp32", "git": commit}
+    write_log(out / "log.csv", report["log"])
     write_json(out / "result.json", result)
     draw_figures(report, out)
     print(f"\nresult: {out / 'result.json'}")

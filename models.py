@@ -7,7 +7,6 @@
 
 Run as a script it prints parameters, FLOPs and images per second:  python models.py --arch resnet32 --batch-size 256
 """
-import argparse
 import csv
 import json
 import os
@@ -21,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from data_lt import InputError
+from data_lt import InputError, argument_parser
 
 OWNER = "weight_owner"  # name of the buffer that add_owner_masks puts beside each weight
 
@@ -80,7 +79,11 @@ def build_model(arch, num_classes, pretrained=False):
         raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152 or another classifier of torchvision")
     if not pretrained:
         return torchvision.models.get_model(arch, num_classes=num_classes)
-    model = torchvision.models.get_model(arch, weights="DEFAULT")
+    try:
+        model = torchvision.models.get_model(arch, weights="DEFAULT")
+    except OSError as error:
+        url = torchvision.models.get_model_weights(arch).DEFAULT.url
+        raise InputError(f"--pretrained: no download of {url} ({error}); put the file into {torch.hub.get_dir()}/checkpoints by hand") from None
     if not isinstance(getattr(model, "fc", None), nn.Linear):
         raise InputError(f"--arch {arch}: --pretrained replaces the last layer of a ResNet; this network has another head")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
@@ -171,20 +174,22 @@ def save_checkpoint(path, state):
     write_atomic(path, write)
 
 
-def load_checkpoint(path, device="cpu"):
-    """The checkpoint at `path`, or the one before if this one is damaged or gone; None when there is neither.
-    Raises InputError when files are there and none can be read."""
+def load_checkpoint(path):
+    """The checkpoint at `path`, on the CPU, or the one before if this one is damaged or gone; None when there is neither. A damaged
+    file is set aside as *.damaged. Raises InputError when files are there and none can be read."""
     damaged = []
     for candidate in (str(path), f"{path}.prev"):
         if not os.path.exists(candidate):
             continue
         try:
-            state = torch.load(candidate, map_location=device, weights_only=True)
-            if damaged:
-                print(f"warning: {damaged[0]} is damaged; going on from {candidate}", flush=True)
-            return state
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
         except Exception:  # torch.load raises half a dozen kinds for a cut or garbled file
             damaged.append(candidate)
+            continue
+        for name in damaged:
+            print(f"warning: {name} is damaged (now {name}.damaged); going on from {candidate}", flush=True)
+            os.replace(name, f"{name}.damaged")
+        return state
     if damaged:
         raise InputError(f"checkpoint {' and '.join(damaged)} cannot be read: delete the file and start again without --resume")
     return None
@@ -194,13 +199,12 @@ def pick_device(name):
     """torch.device for "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:1". Raises InputError when it is not to be had."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: not a device; take auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"--device {name}: not a device; take auto, cpu, cuda or cuda:1")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: no such CUDA device here; take --device cpu")
-    return device
+    return torch.device(name)
 
 
 def fast_bf16(device):
@@ -224,7 +228,7 @@ def keep_memory():
 
 def main():
     """Print parameters, FLOPs and speed of one architecture."""
-    parser = argparse.ArgumentParser(description="parameters, FLOPs and images/s of an architecture")
+    parser = argument_parser("parameters, FLOPs and images/s of an architecture")
     parser.add_argument("--arch", default="resnet32")
     parser.add_argument("--num-classes", type=int, default=100)
     parser.add_argument("--size", type=int, help="image side in pixels (default 32 for resnet32, else 224)")

@@ -258,6 +258,7 @@ def test_gradual_ratio_and_choice():
     assert do_lt.gradual_ratio(0, 10, 0.2, 0.5) == pytest.approx(0.2) and do_lt.gradual_ratio(10, 10, 0.2, 0.5) == 0.5
     assert do_lt.gradual_ratio(5, 10, 0.0, 0.8) == pytest.approx(0.8 - 0.8 / 8)
     assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3], [50, 49, 30, 29]) == .1
+    assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3], [80, 40, 39, 20]) == .2  # never 0: the next stage needs free weights
 
 
 @pytest.mark.parametrize("T", [2, 3, 4])
@@ -265,20 +266,21 @@ def test_instance_weights_against_brute_force(T):
     torch.manual_seed(T)
     p1, p2 = torch.randn(2, T, 100, 10, dtype=torch.float64).mul(2).softmax(-1)
     lam = do_lt.instance_weights(p1, p2)
-    assert lam.shape == (100, T) and torch.allclose(lam.sum(1), torch.ones_like(lam[:, 0])) and lam.min() >= 0
+    assert lam.shape == (100, T) and torch.allclose(lam.sum(1), torch.ones(100)) and lam.min() >= 0
     grid = do_lt.simplex_grid(T, {2: 2000, 3: 200, 4: 40}[T]).double()
     mixed = [torch.einsum("gt,tuk->guk", grid, p) for p in (p1, p2)]
     values = F.cosine_similarity(*mixed, dim=-1)  # G x U, the long way
-    ours = F.cosine_similarity(*(torch.einsum("ut,tuk->uk", lam, p) for p in (p1, p2)), dim=-1)
+    ours = F.cosine_similarity(*(torch.einsum("ut,tuk->uk", lam.double(), p) for p in (p1, p2)), dim=-1)
     assert (ours - values.max(0).values).min() > -1e-4
     if T < 4:  # a finer lattice would be needed to locate the optimum itself
         assert (lam - grid[values.argmax(0)]).abs().max() < 1e-2
+    assert torch.allclose(do_lt.instance_weights(p1, p1), torch.full_like(lam, 1 / T), atol=1e-3)  # nothing to choose by: equal weights
     one = do_lt.group_weights(p1, p2)
     assert one.shape == (1, T) and view_mean(p1, p2, one) > values.mean(1).max() - 1e-4
 
 
 def view_mean(p1, p2, lam):
-    return F.cosine_similarity(*(torch.einsum("t,tuk->uk", lam[0], p) for p in (p1, p2)), dim=-1).mean()
+    return F.cosine_similarity(*(torch.einsum("t,tuk->uk", lam[0].double(), p) for p in (p1, p2)), dim=-1).mean()
 
 
 # ------------------------------------------------------------------------------------------------------ do_lt.py, end to end
@@ -331,6 +333,19 @@ def test_exports_equal_the_masked_network(do_run):
         previous = inside
 
 
+def test_pruned_weights_stay_at_zero(tiny, tmp_path, monkeypatch):
+    real, left = do_lt.decouple, []
+
+    def spy(model, *args, **kwargs):
+        alive, curve = real(model, *args, **kwargs)
+        layers = models.weight_layers(model)
+        left.extend(layers[n].weight[~a & (layers[n].weight_owner == 0)].abs().max().item() for n, a in alive.items() if not a.all())
+        return alive, curve
+    monkeypatch.setattr(do_lt, "decouple", spy)
+    do_lt.main(do_flags(tiny, tmp_path, "--epochs", "1", "--tpd-iters", "3"))
+    assert left and max(left) == 0
+
+
 class Killed(BaseException):
     """Stands for SIGKILL inside one process: nothing of the script catches it."""
 
@@ -381,7 +396,7 @@ def test_real_sigkill_and_damaged_checkpoint(tiny, do_run, tmp_path, capsys):
     process.wait()
     (tmp_path / "last.pt").write_bytes(b"damaged")
     do_lt.main(do_flags(tiny, tmp_path, "--resume"))
-    assert "last.pt is damaged; going on from" in capsys.readouterr().out
+    assert "last.pt is damaged (now" in capsys.readouterr().out
     a, b = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (do_run[0], tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -432,16 +447,26 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         (["--dataset", str(tiny), "--gamma", "lots"], "--gamma lots"),
         (["--dataset", str(tiny), "--rho", "1"], "--rho 1"),
         (["--dataset", str(tiny), "--order", "many,most"], "--order many,most"),
+        (["--dataset", str(tiny), "--order", "medium,medium-low"], "--order medium,medium-low"),
+        (["--dataset", str(tiny), "--tpd-steps", "0"], "--tpd-steps 0"),
+        (["--dataset", str(tiny), "--lr", "nan"], "--lr [nan"),
+        (["--dataset", str(tiny), "--imb", "nan"], "--imb nan"),
+        (["--dataset", str(tiny), "--batch-size", "many"], "--batch-size"),
+        (["--dataset", npz("text", train_labels=np.array(["a"] * COUNTS.sum()))], "store one whole number"),
+        (["--dataset", npz("notest", test_images=good["test_images"][:0], test_labels=good["test_labels"][:0])], "test_labels is empty"),
         (["--dataset", str(tiny), "--epochs", "1,2"], "--epochs 1,2: 2 values for 3"),
         (["--dataset", str(tiny), "--views", "1"], "--views 1"),
         (["--dataset", str(tiny), "--schedule", "steps"], "--schedule"),
         (["--dataset", str(tiny), "--device", "cuda:63"], "--device cuda:63"),
         (["--dataset", str(tiny), "--device", "abacus"], "--device abacus"),
+        (["--dataset", str(tiny), "--device", "cpu", "--out", str(tiny)], "cannot be made a folder"),
         (["--dataset", npz("noval", val_images=None, val_labels=None), "--gamma", "auto"], "--gamma auto"),
         (["--dataset", str(tiny), "--stage1", str(tmp_path / "absent.pt")], "no such file"),
         (do_flags(tiny, do_run[0]), "holds a run"),
         (do_flags(tiny, do_run[0], "--resume", "--rho", "0.6"), "--rho was 0.7, now 0.6"),
         (do_flags(tiny, tmp_path / "junk", "--resume"), "cannot be read"),
+        (do_flags(tiny, tmp_path / "x", "--stage1", str(do_run[0] / "model.pt")), "no checkpoint of this script"),
+        (do_flags(tiny, tmp_path / "x", "--stage1", str(do_run[0] / "last.pt")), "not the end of a stage 1"),
         (do_flags(tiny, tmp_path / "x", "--stage1", str(do_run[0] / "stage1.pt"), "--seed", "9"), "--seed was 0, now 9"),
     ]
     for flags, message in cases:
