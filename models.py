@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Networks for long-tailed recognition, and the weight bookkeeping of Decoupled Optimisation.
+"""Networks for long-tailed recognition, the owners of their weights (DO) and their low-rank terms (MORE).
 
     build_model("resnet32", 100)        ResNet-32 for CIFAR-size images; ResNet-50/152 and the rest of torchvision by name
     add_owner_masks(model)              one uint8 per conv and linear weight: which stage owns it (0: free)
     submodel_state(model, t)            sub-model t as a plain state dict of the unmodified network
+    add_low_rank(model, ratio=0.1)      every weight W becomes W_g + B A; general_only(model) computes with W_g; merge_low_rank(model)
 
 Run as a script it prints parameters, FLOPs and images per second:  python models.py --arch resnet32 --batch-size 256
 """
@@ -13,12 +14,14 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.nn.utils import parametrize
 
 from data_lt import InputError, argument_parser
 
@@ -128,6 +131,67 @@ def submodel_state(model, t):
         state[f"{name}.weight"] *= (owner > 0) & (owner <= t)
     state.update({k: v.clone() for k, v in model.stage_norms[t].items()})
     return state
+
+
+# ------------------------------------------------------------------------------------------------------- low-rank weights (MORE)
+
+class LowRank(nn.Module):
+    """W = W_g + B A, as a parametrisation: W_g is the weight it gets, seen as out x (in * kh * kw); A Kaiming, B zero.
+    Rank max(1, round(ratio * min(out, in * kh * kw))). A grouped convolution's weight is taken as it is stored."""
+
+    def __init__(self, weight, ratio):
+        super().__init__()
+        rows, cols = weight.shape[0], weight[0].numel()
+        rank = max(1, round(ratio * min(rows, cols)))
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, cols), a=5 ** 0.5))
+        self.B = nn.Parameter(weight.new_zeros(rows, rank))
+        self.general = False  # general_only switches the low-rank term off
+
+    def forward(self, weight):
+        if self.general:
+            return weight
+        with torch.autocast(weight.device.type, enabled=False):  # in bf16 the sum would lose the small term
+            return weight + (self.B @ self.A).view_as(weight)
+
+
+def add_low_rank(model, ratio=0.1):
+    """Turn every conv and linear weight of any module (and the fused projection of attention layers) into W_g + B A; returns the model.
+
+    With B zero the network computes exactly what it did before. Draws A from the global torch generator.
+    Source: MORE (Luo et al., NeurIPS 2025, arXiv 2510.08177), the decomposition as known at second hand.
+    """
+    targets = [(layer, "weight") for layer in weight_layers(model).values()]
+    targets += [(m, "in_proj_weight") for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+    for layer, name in targets:
+        parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), ratio))
+    return model
+
+
+@contextmanager
+def general_only(model):
+    """Within it the network computes with W_g alone, and BatchNorm uses batch statistics without recording them."""
+    terms = [m for m in model.modules() if isinstance(m, LowRank)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m in terms:
+        m.general = True
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield model
+    finally:
+        for m in terms:
+            m.general = False
+        for m in norms:
+            m.track_running_stats = True
+
+
+def merge_low_rank(model):
+    """Put W_g + B A into the plain weights: the module as it was before add_low_rank, same types, keys and cost; returns the model."""
+    for layer in list(model.modules()):
+        for name, terms in list(getattr(layer, "parametrizations", {}).items()):
+            if any(isinstance(term, LowRank) for term in terms):
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return model
 
 
 # -------------------------------------------------------------------------------------------------- files and the machine

@@ -200,6 +200,39 @@ def test_networks():
     assert set(masked.state_dict()) - owners == plain and len(owners) == 54  # 53 convolutions and the classifier
 
 
+@pytest.mark.parametrize("arch, size", [("resnet32", 32), ("resnet50", 64), ("vit_b_16", 224)])
+def test_low_rank_starts_plain_and_merges(arch, size):
+    torch.manual_seed(0)
+    plain = models.build_model(arch, 5).eval()
+    x, keys, types = torch.randn(2, 3, size, size), set(plain.state_dict()), [type(m) for m in plain.modules()]
+    with torch.no_grad():
+        before = plain(x)
+        model = models.add_low_rank(plain)
+        assert torch.equal(model(x), before), "B is zero: nothing may change"
+        terms = [m for m in model.modules() if isinstance(m, models.LowRank)]
+        assert all(t.A.shape[0] == max(1, round(0.1 * min(t.B.shape[0], t.A.shape[1]))) for t in terms)
+        for term in terms:
+            term.B.normal_(std=0.02)
+        full = model(x)
+        with models.general_only(model):
+            assert torch.equal(model(x), before)
+        assert not torch.equal(full, before) and torch.equal(model(x), full)
+        merged = models.merge_low_rank(model)
+        assert (merged(x) - full).abs().max() < 1e-5
+    assert set(merged.state_dict()) == keys and [type(m) for m in merged.modules()] == types
+    models.build_model(arch, 5).load_state_dict(merged.state_dict(), strict=True)
+
+
+def test_general_pass_leaves_batchnorm_statistics():
+    model = models.add_low_rank(models.build_model("resnet32", 5)).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with models.general_only(model):
+        model(torch.randn(4, 3, 8, 8))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    model(torch.randn(4, 3, 8, 8))
+    assert not torch.equal(model.bn1.running_mean, state["bn1.running_mean"])
+
+
 # ------------------------------------------------------------------------------------------------------- do_lt.py, equations
 
 def test_cpo_probabilities_and_margins():
