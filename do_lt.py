@@ -240,7 +240,7 @@ def trainable_masks(model, alive=None):
 
 
 def train(model, optimizer, rate, weight_decay, data, log_alpha, masks, env):
-    """One pass over `data`, batches of (x, y), with SGD; returns sums on the device: loss, (3, K): drawn, correct per class.
+    """One pass over `data`, batches of (x, y), with SGD; returns sums on the device: loss, and (2, K): drawn, correct per class.
 
     rate: learning rate of each step (iterable). Weight decay is added to the gradient here and not in the optimiser, and the gradient
     of frozen weights is zeroed after it: their momentum stays 0 and SGD leaves them bit for bit as they are.

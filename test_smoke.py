@@ -22,6 +22,7 @@ import torchvision.transforms.functional as TF
 import data_lt
 import do_lt
 import models
+import more_lt
 from data_lt import ClassSampler, InputError, class_groups, load_dataset, longtail_counts, longtail_indices
 
 HERE = Path(__file__).resolve().parent
@@ -449,6 +450,66 @@ def test_flags_stages_auto_gamma_and_stage1(tiny, do_run, tmp_path):
     np.savez(tmp_path / "head.npz", **head)
     empty = do_lt.main(do_flags(tmp_path / "head.npz", tmp_path / "d", "--epochs", "1", "--gamma", "0.6,0.7", "--importance", "random"))
     assert empty["acc"]["few"] is None and empty["args"]["order"] == ["many", "medium"] and len(empty["gammas"]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- more_lt.py
+
+def more_flags(tiny, out, *more):
+    return ["--dataset", str(tiny), "--out", str(out), "--epochs", "3", "--lr", "0.05", "--batch-size", "64", "--precision", "fp32",
+            "--device", "cpu", "--loss", "bsce", *more]
+
+
+def test_more_losses_by_hand():
+    torch.manual_seed(0)
+    full, general, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 0, 1, 2])
+    counts = np.array([90, 8, 2])
+    prior = torch.tensor(counts / 100)
+    by_hand = sum(prior[y[i]] * sum((full[i, k] - general[i, k]) ** 2 for k in range(3)) for i in range(4)) / 4
+    assert more_lt.more_loss(full, general, prior, y).item() == pytest.approx(by_hand.item())
+    p, q = full.softmax(1), general.softmax(1)
+    by_hand = sum(prior[y[i]] * sum(p[i, k] * (p[i, k] / q[i, k]).log() for k in range(3)) for i in range(4)) / 4
+    assert more_lt.more_loss(full, general, prior, y, "kl").item() == pytest.approx(by_hand.item())
+    assert [more_lt.sinusoidal_weight(s, 10, 3.0) for s in (0, 5, 10)] == pytest.approx([0, 3.0, 0])
+    shifted = full + torch.tensor(counts).log()
+    assert more_lt.balanced_softmax(full, y, counts).item() == pytest.approx(-shifted.log_softmax(1)[range(4), y].mean().item())
+    margins = 0.5 * (counts / 2.0) ** -0.25
+    ldam = sum(-torch.stack([full[i, k] - margins[k] * (k == y[i]) for k in range(3)]).log_softmax(0)[y[i]] for i in range(4)) / 4
+    assert more_lt.ldam_loss(full, y, counts).item() == pytest.approx(ldam.item())
+    focal = -((1 - p[range(4), y]) ** 2 * p[range(4), y].log()).mean()
+    assert more_lt.focal_loss(full, y).item() == pytest.approx(focal.item())
+    weights = more_lt.effective_weights(counts)
+    assert weights.mean() == pytest.approx(1) and (np.diff(weights) > 0).all()
+
+
+def test_more_end_to_end_resume_and_baseline(tiny, tmp_path, monkeypatch):
+    whole = more_lt.main(more_flags(tiny, tmp_path / "a", "--export"))
+    assert whole["merged_max_abs_diff"] < 1e-5 and whole["acc"]["all"] > 100 / 6 and whole["general"] and len(whole["low_rank_share"]) == 32
+    assert min(whole["low_rank_share"].values()) > 0
+    merged = torch.load(tmp_path / "a" / "merged.pt", weights_only=True)
+    models.build_model("resnet32", 6).load_state_dict(merged, strict=True)
+    calls, real = [], more_lt.more_loss
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise Killed
+        return real(*args)
+    monkeypatch.setattr(more_lt, "more_loss", dying)
+    with pytest.raises(Killed):
+        more_lt.main(more_flags(tiny, tmp_path / "b", "--export", "--resume"))
+    monkeypatch.undo()
+    again = more_lt.main(more_flags(tiny, tmp_path / "b", "--export", "--resume"))
+    assert again["acc"] == whole["acc"]
+    assert all(torch.equal(v, merged[k]) for k, v in torch.load(tmp_path / "b" / "merged.pt", weights_only=True).items())
+    base = more_lt.main(more_flags(tiny, tmp_path / "c", "--no-more", "--epochs", "1"))
+    assert base["method"] == "base" and base["merged_max_abs_diff"] is None and base["low_rank_share"] == {}
+    for i, more in enumerate((["--loss", "ldam", "--schedule", "constant"], ["--loss", "focal", "--discrepancy", "kl", "--amplitude", "0.1"],
+                              ["--loss", "ce", "--detach-general", "--amplitude", "0.1", "--precision", "bf16"], ["--amplitude", "0"])):
+        more_lt.main(more_flags(tiny, tmp_path / f"d{i}", "--epochs", "1", *more))
+    with pytest.raises(InputError, match="--amplitude was 2.0, now 1.0"):
+        more_lt.main(more_flags(tiny, tmp_path / "a", "--resume", "--amplitude", "1"))
+    with pytest.raises(InputError, match="--rank-ratio 0"):
+        more_lt.main(more_flags(tiny, tmp_path / "e", "--rank-ratio", "0"))
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
