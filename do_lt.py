@@ -129,6 +129,19 @@ def adjust_prior(probs, prior, tau):
     return adjusted / adjusted.sum(-1, keepdim=True)
 
 
+def temper(probs, temperature):
+    """softmax(log p / temperature): flatter than p above 1, sharper below. probs: ... x K."""
+    return (probs.clamp_min(1e-30).log() / temperature).softmax(-1)
+
+
+def fit_temperature(probs, labels):
+    """The temperature of 0.5, 0.6, .. 5 at which the predictions have the smallest log loss (Guo et al., ICML 2017).
+    probs: N x K; labels: int tensor (N,)."""
+    choices = [t / 10 for t in range(5, 51)]
+    losses = [F.nll_loss(temper(probs, t).clamp_min(1e-30).log(), labels).item() for t in choices]
+    return choices[int(np.argmin(losses))]
+
+
 def simplex_grid(T, n):
     """All points of the simplex whose T coordinates are multiples of 1 / n: float tensor G x T."""
     bars = np.array(list(combinations(range(n + T - 1), T - 1)), dtype=np.int64).reshape(math.comb(n + T - 1, T - 1), T - 1)
@@ -389,26 +402,23 @@ def mix(probs, lam):
     return torch.einsum("tuk,ut->uk", probs, lam.expand(probs.shape[1], -1))
 
 
-def aggregate(probs, split, env):
+def aggregate(probs, split, env, temperatures):
     """The three mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K, view 0 clean.
 
-    Every prediction is the mean over the clean image and its views. lambda is found from the first two random views. With --tau above 0
-    the mixtures (not the sub-models alone) see each sub-model freed of the prior that its stage's draws and margin gave it.
+    Every prediction is the mean over the clean image and its views. The mixtures take each sub-model at its temperature; lambda is found
+    from the first two random views and drawn towards equal weights (--trust), as a search that stops early would leave it.
     """
-    T = len(probs)
+    T, trust = len(probs), env.args.trust
+    raw = probs.mean(1)
+    probs = torch.stack([temper(p, t) for p, t in zip(probs, temperatures)])
     mean_views = probs.mean(1)
-    raw = mean_views
-    if env.args.tau > 0:
-        priors = [torch.from_numpy(p).to(log_alpha) * log_alpha.exp() for _, log_alpha, p in env.stages.values()]
-        probs = torch.stack([adjust_prior(p, prior / prior.sum(), env.args.tau) for p, prior in zip(probs, priors)])
-        mean_views = probs.mean(1)
     start = clock(env.device)
     lam = {"instance": instance_weights(probs[:, 1], probs[:, 2])}
     seconds = clock(env.device) - start
     lam |= {"group": group_weights(probs[:, 1], probs[:, 2]), "mean": torch.full((1, T), 1 / T, device=probs.device)}
-    result = {"weights_seconds": seconds, "aggregations": {}, "lambda_by_group": {}}
+    result = {"weights_seconds": seconds, "temperatures": temperatures, "aggregations": {}, "lambda_by_group": {}}
     for name, weights in lam.items():
-        mixed = mix(mean_views, weights)
+        mixed = mix(mean_views, trust * weights + (1 - trust) / T)
         acc = accuracy(mixed, split, env)
         ece = expected_calibration_error(mixed, torch.from_numpy(split.labels).to(mixed.device))
         result["aggregations"][name] = acc | {"ece": ece}
@@ -471,6 +481,7 @@ def print_report(report, views):
         print(row(f"DO, {name} weights", test["aggregations"][name]))
     print(row("(diagnosis) oracle by true group", test["oracle_by_true_group"]))
     print(f"{'(diagnosis) a sub-model is right':34}{'':24}{test['at_least_one_right']:8.1f}")
+    print(f"temperatures {test['temperatures']}, fitted on the validation split" if max(test["temperatures"]) != 1 else "no temperatures")
     print(f"the instance weights took {test['weights_seconds']:.2f} s, the forward passes they rest on {test['forward_seconds']:.1f} s")
 
 
@@ -545,7 +556,10 @@ def parse_args(argv=None):
     method.add_argument("--tpd-lr", type=float, default=0.02, help="rate of that retraining, cosine to 0 (default %(default)s)")
     method.add_argument("--reinit", type=float, default=1.0, help="scale of the fresh weights; 0 starts them at zero (default %(default)s)")
     method.add_argument("--agg", choices=["instance", "group", "mean"], default="instance", help="the mixture that is reported as the result (default %(default)s)")
-    method.add_argument("--tau", type=float, default=0.0, help="0: mix the sub-models as they are (the paper); 1: each freed of its stage's prior (default %(default)s)")
+    method.add_argument("--calibrate", choices=["val", "none"], default="val",
+                        help="val: sub-models are mixed at temperatures fitted on the validation split (default %(default)s; the paper: none)")
+    method.add_argument("--trust", type=float, default=0.25,
+                        help="how far the mixture goes from equal weights (0) to the best-agreeing ones (1) (default %(default)s)")
     method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one (default %(default)s)")
     system = parser.add_argument_group("system")
     system.add_argument("--seed", type=int, default=0)
@@ -589,10 +603,12 @@ def parse_args(argv=None):
     if not 0 < args.rho < 1:
         raise InputError(f"--rho {args.rho:g}: must lie between 0 and 1, exclusive")
     for flag, least in (("batch_size", 2), ("views", 2), ("tpd_steps", 1), ("tpd_iters", 1), ("importance_images", 1), ("seed", 0), ("split_seed", 0),
-                        ("weight_decay", 0), ("reinit", 0), ("tau", 0), ("epochs", 1), ("lr", 1e-12)):
+                        ("weight_decay", 0), ("reinit", 0), ("epochs", 1), ("lr", 1e-12)):
         value = getattr(args, flag)
         if not all(v >= least and math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be at least {least:g}" + " (two random views are compared)" * (flag == "views"))
+    if not 0 <= args.trust <= 1:
+        raise InputError(f"--trust {args.trust:g}: must lie between 0 and 1")
     if set(args.schedule) - {"cosine", "constant"}:
         raise InputError(f"--schedule {','.join(args.schedule)}: cosine or constant")
     if args.out is None:
@@ -602,7 +618,7 @@ def parse_args(argv=None):
 
 
 # flags that may differ between a checkpoint and the run that goes on from it
-FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "tau", "device", "data_root"}
+FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "calibrate", "trust", "device", "data_root"}
 STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "batch_size", "weight_decay", "seed",
                 "precision"}  # those that shape a stage of natural draws without a margin
 
@@ -799,12 +815,15 @@ def main(argv=None):
         sub.load_state_dict(submodel_state(model, s))
         submodels.append(sub)
         report["importance_by_group"][f"sub-model {s}"] = importance_by_group(sub, env)
+    temperatures = [1.0] * T
     for name, split in (("val", data.val), ("test", data.test)):
         if len(split):
             start = clock(device)
             probs = torch.stack([predict(sub, split.images, env, args.views) for sub in submodels])
             seconds = clock(device) - start
-            report[name] = aggregate(probs, split, env) | {"forward_seconds": seconds}
+            if name == "val" and args.calibrate == "val":
+                temperatures = [fit_temperature(p[0], torch.from_numpy(split.labels).to(device)) for p in probs]
+            report[name] = aggregate(probs, split, env, temperatures) | {"forward_seconds": seconds}
     print_report(report, args.views)
 
     # ---- files

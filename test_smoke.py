@@ -295,6 +295,14 @@ def test_gradual_ratio_and_choice():
     assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3], [80, 40, 39, 20]) == .2  # never 0: the next stage needs free weights
 
 
+def test_fit_temperature_undoes_overconfidence():
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 5)
+    labels = torch.multinomial(logits.softmax(1), 1)[:, 0]  # the truth is at temperature 1
+    assert do_lt.fit_temperature((3 * logits).softmax(1), labels) == pytest.approx(3, abs=0.3)
+    assert torch.allclose(do_lt.temper((3 * logits).softmax(1), 3.0), logits.softmax(1), atol=1e-5)
+
+
 @pytest.mark.parametrize("T", [2, 3, 4])
 def test_instance_weights_against_brute_force(T):
     torch.manual_seed(T)
@@ -444,7 +452,7 @@ def test_flags_stages_auto_gamma_and_stage1(tiny, do_run, tmp_path):
                                "--few-sampling", "inverse", "--schedule", "constant", "--agg", "group", "--reinit", "0", "--aug", "basic"))
     assert len(four["gammas"]) == 3 and len(four["test"]["alone"]) == 4 and four["acc"]["all"] == four["aggregations"]["group"]["all"]
     two = do_lt.main(do_flags(tiny, tmp_path / "c", "--order", "many,few", "--epochs", "1", "--gamma", "0.5", "--importance", "l1", "--draws", "natural",
-                              "--agg", "mean", "--views", "3", "--aug", "none", "--precision", "bf16"))
+                              "--agg", "mean", "--views", "3", "--calibrate", "none", "--loss", "ce", "--aug", "none", "--precision", "bf16"))
     assert len(two["submodels"]) == 3 and two["lambda_by_group"]["many"] and two["acc"]["all"] == two["aggregations"]["mean"]["all"]
     head = {k: v[np.load(tiny)[k.replace("images", "labels")] < 4] for k, v in np.load(tiny).items()}  # no class is few
     np.savez(tmp_path / "head.npz", **head)
@@ -550,6 +558,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         (["--dataset", npz("notest", test_images=good["test_images"][:0], test_labels=good["test_labels"][:0])], "test_labels is empty"),
         (["--dataset", str(tiny), "--epochs", "1,2"], "--epochs 1,2: 2 values for 3"),
         (["--dataset", str(tiny), "--views", "1"], "--views 1"),
+        (["--dataset", str(tiny), "--trust", "2"], "--trust 2"),
         (["--dataset", str(tiny), "--schedule", "steps"], "--schedule"),
         (["--dataset", str(tiny), "--device", "cuda:63"], "--device cuda:63"),
         (["--dataset", str(tiny), "--device", "abacus"], "--device abacus"),
