@@ -82,16 +82,6 @@ def compensation_alpha(counts, stage, rho):
     return alpha
 
 
-def draw_by_margin(alpha, probs, counts):
-    """(alpha, probs) with natural draws, P(c) ~ N_c, that lead to the same classifier as drawing by `probs` with margin alpha.
-
-    With draws P and margin alpha a fitted f(x) is log p(x|y) + log P(y) + log alpha(y) up to a constant, so what the draws no longer do
-    goes into the margin: rare images are not repeated tens of times an epoch. Float arrays (K,).
-    """
-    natural = np.asarray(counts, dtype=np.float64) / np.sum(counts)
-    return alpha * probs / natural, natural
-
-
 def compensation_loss(logits, target, log_alpha):
     """CE(f(x) - log alpha_t, y), the mean over the batch (Eq. 2). logits: n x K; target: int (n,); log_alpha: (K,)."""
     return F.cross_entropy(logits.float() - log_alpha, target)
@@ -548,7 +538,6 @@ def parse_args(argv=None):
     method.add_argument("--gamma", help="share pruned after each stage but the last, as 0.5,0.8; or auto")
     method.add_argument("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage (default %(default)s)")
     method.add_argument("--loss", choices=["compensation", "ce"], default="compensation", help="ce: no margin in any stage (Table 8) (default %(default)s)")
-    method.add_argument("--draws", choices=["stage", "natural"], default="stage", help="natural: what a stage's draws would do goes into its margin (default %(default)s)")
     method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights (default %(default)s)")
     method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most (default %(default)s)")
     method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt) (default %(default)s)")
@@ -673,8 +662,6 @@ def main(argv=None):
     for stage in args.order:
         probs, alpha = stage_class_probs(counts, stage, args.rho, args.few_sampling), compensation_alpha(counts, stage, args.rho)
         alpha = alpha if args.loss == "compensation" else np.ones_like(alpha)
-        if args.draws == "natural":
-            alpha, probs = draw_by_margin(alpha, probs, counts)
         classes = stage_classes(counts, stage)  # a first stage without classes of its own ("many") serves them all
         env.stages[stage] = classes if len(classes) else np.arange(len(counts)), torch.from_numpy(np.log(alpha)).float().to(device), probs
 
