@@ -1,10 +1,18 @@
 # Two commands for a first look: `make demo` and `make test`. Both set up .venv from requirements.txt.
+#   make bench                     images/s and ratios on this machine (ARCHS="resnet32 resnet50" for others)
+#   make reproduce-cifar DATA=...  and reproduce-imagenet, -places, -inat, -voc, -coco: DO, MORE, their baselines, and a table
+# DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: added to every run.
 PYTHON ?= python3
 DATA ?= data
-SEEDS ?= 0 1
+LISTS ?= $(DATA)
+SEEDS ?= 0 1 2
+GPUS ?= 1
+FLAGS ?=
+ARCHS ?= resnet32
 V = .venv/bin/python
+RUN = $(if $(filter 1,$(GPUS)),$(V),$(V) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
-.PHONY: demo test reproduce-cifar clean
+.PHONY: demo test bench clean reproduce-cifar reproduce-imagenet reproduce-places reproduce-inat reproduce-voc reproduce-coco
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -12,17 +20,50 @@ V = .venv/bin/python
 	$(V) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-demo: .venv/ready  ## DO on made-up images; ends with a table of DO beside plain cross-entropy
-	rm -rf runs/demo_do
+demo: .venv/ready  ## both methods on made-up images, about two minutes
+	rm -rf runs/demo_do runs/demo_more
 	$(V) do_lt.py --dataset synth --out runs/demo_do
+	$(V) more_lt.py --dataset synth --loss bsce --out runs/demo_more
 
 test: .venv/ready
 	$(V) -m pytest -q test_smoke.py
 
-reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50, every seed of SEEDS; goes on where it was interrupted
-	for imb in 100 50; do for seed in $(SEEDS); do \
-	  $(V) do_lt.py --dataset cifar100 --imb $$imb --data-root $(DATA) --seed $$seed --resume --export || exit $$?; \
-	done; done
+bench: .venv/ready  ## idle machine, please
+	for arch in $(ARCHS); do $(V) do_lt.py --bench --arch $$arch $(FLAGS) && $(V) more_lt.py --bench --arch $$arch $(FLAGS) || exit $$?; done
+
+# $(1): name of the runs, $(2): flags that choose the data, $(3): losses of MORE, $(4): DO too. Looks at the data first, leaves out what is
+# finished and goes on where it was interrupted.
+define reproduce
+	$(V) data_lt.py $(2) --data-root $(DATA) --lists $(LISTS)
+	set -e; run() { out=$$1; shift; test -f runs/$$out/result.json || \
+	  $(RUN) $$@ --out runs/$$out $(2) --data-root $(DATA) --lists $(LISTS) --seed $$seed --resume --export $(FLAGS); }; \
+	for seed in $(SEEDS); do \
+	  $(if $(4),run do_$(1)_seed$$seed do_lt.py;) \
+	  for loss in $(3); do \
+	    run base_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss --no-more; run more_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss; \
+	  done; \
+	done
+	$(V) data_lt.py --table runs/*_$(1)_seed*/result.json
+endef
+
+reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50
+	$(call reproduce,cifar100_imb100,--dataset cifar100 --imb 100,ce bsce,do)
+	$(call reproduce,cifar100_imb50,--dataset cifar100 --imb 50,ce bsce,do)
+
+reproduce-imagenet: .venv/ready  ## DATA holds ImageNet's train/ and val/, LISTS its ImageNet_LT_*.txt
+	$(call reproduce,imagenet_lt,--dataset imagenet_lt,ce bsce,do)
+
+reproduce-places: .venv/ready  ## DATA holds Places' train/ and val/ (256 px), LISTS its Places_LT_*.txt
+	$(call reproduce,places_lt,--dataset places_lt,ce bsce,do)
+
+reproduce-inat: .venv/ready  ## DATA holds train_val2018/, LISTS train2018.json and val2018.json or iNaturalist18_*.txt
+	$(call reproduce,inat18,--dataset inat18,ce bsce,do)
+
+reproduce-voc: .venv/ready  ## DATA holds VOCdevkit/VOC2012 and VOC2007, LISTS voc_mlt_train_labels.txt
+	$(call reproduce,voc_mlt,--dataset voc_mlt,bce asl db)
+
+reproduce-coco: .venv/ready  ## DATA holds train2017/, val2017/ and annotations/, LISTS coco_mlt_train_labels.txt
+	$(call reproduce,coco_mlt,--dataset coco_mlt,bce asl db)
 
 clean:  ## what can be made again in minutes; runs/ stays but for the demo
-	rm -rf .venv runs/demo_do __pycache__ .pytest_cache
+	rm -rf .venv runs/demo_do runs/demo_more __pycache__ .pytest_cache

@@ -11,8 +11,9 @@ mixed with weights found for each test image.
 """
 import argparse
 import math
+import os
 import sys
-import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -20,10 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, augment, channel_stats, class_groups, crop_flip,
-                     expected_calibration_error, group_accuracy, load_dataset, normalize, show)
-from models import (OWNER, add_owner_masks, build_model, fast_bf16, git_commit, keep_memory, keep_stage_norms, load_checkpoint,
-                    pick_device, save_checkpoint, submodel_state, weight_layers, write_atomic, write_json, write_log)
+from data_lt import (GROUPS, ClassSampler, ImageFiles, InputError, add_data_arguments, argument_parser, batches_in, center_crop, channel_stats, class_groups,
+                     crop_flip, decode_batches, default_workers, expected_calibration_error, group_accuracy, known_name, load_dataset,
+                     normalize, on_device, show, test_batches,
+                     training_batches)
+from models import (CIFAR_DEPTHS, EXIT_STOPPED, OWNER, Replay, add_owner_masks, all_sum, build_model, check_size, clock, distribute, fast_bf16, git_commit,
+                    join_processes, keep_memory, keep_stage_norms, load_checkpoint, measure, random_batch, random_state, report_bench,
+                    run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, submodel_state, weight_layers, write_atomic, write_json, write_log)
 
 # The paper's values ("Implementation Details") but for the later stages' rate: a cosine from the first stage's, where the paper keeps a
 # tenth of it (0.005, 0.002); half of the weights start afresh and learn too slowly at that. Every value is a flag; one number a stage.
@@ -32,6 +36,9 @@ RECIPES = {
     "cifar100 imb 50": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.6"),
     "cifar10": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.8"),
     "synth": dict(arch="resnet32", epochs="20,8,8", lr="0.1,0.05,0.05", rho=0.7, gamma="0.5,0.8", batch_size=32, aug="basic", tpd_iters=3),
+    "imagenet_lt": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.8"),
+    "places_lt": dict(arch="resnet152", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.8", pretrained=True),
+    "inat18": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.6", importance_images=4),
     "folder": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.8"),
 }
 
@@ -142,8 +149,11 @@ def simplex_grid(T, n):
 def view_grams(p1, p2):
     """Inner products of the T sub-models' predictions: (between the views, within view 1, within view 2), each U x T x T.
     All that Eq. 5 needs of the predictions. p1, p2: T x U x K."""
-    p1, p2 = p1.double(), p2.double()  # confident predictions leave differences that float32 loses
-    return tuple(torch.einsum("tuk,suk->uts", a, b) for a, b in ((p1, p2), (p1, p1), (p2, p2)))
+    grams = []
+    for a, b in zip(p1.split(4096, 1), p2.split(4096, 1)):  # float64: confident predictions leave differences that float32 loses
+        a, b = a.double(), b.double()
+        grams.append([torch.einsum("tuk,suk->uts", *pair) for pair in ((a, b), (a, a), (b, b))])
+    return tuple(torch.cat(parts) for parts in zip(*grams))
 
 
 def view_cosine(grams, lam):
@@ -186,20 +196,7 @@ def group_weights(p1, p2):
     return best_weights(view_grams(p1, p2), one_for_all=True)
 
 
-# ------------------------------------------------------------------------------------------------------- batches and predictions
-
-def batches(env, indices, key, kind):
-    """Augmented training batches (x float n x 3 x H x W, y int (n,)) in the order of `indices`; `key` (a list of ints) fixes the
-    augmentation. Images are augmented 16 batches at a time: per-image operations cost less in large groups."""
-    rng, size = np.random.default_rng(key), env.args.batch_size
-    indices = torch.from_numpy(np.asarray(indices)).to(env.device)
-    if len(indices) > size and len(indices) % size == 1:
-        indices = indices[:-1]  # BatchNorm cannot train on a single image
-    for chunk in indices.split(16 * size):
-        x = augment(env.images[chunk].permute(0, 3, 1, 2), rng, kind)
-        for xb, yb in zip(x.split(size), env.labels[chunk].split(size)):
-            yield normalize(xb, env.mean, env.std), yb
-
+# ------------------------------------------------------------------------------------------------------------------- predictions
 
 def logits_of(model, x, env):
     """Forward pass in the run's precision; float32 logits."""
@@ -210,16 +207,15 @@ def logits_of(model, x, env):
 @torch.no_grad()
 def predict(model, images, env, views=0):
     """Softmax of the images and of `views` random crop-and-flip views of each, (1 + views) x N x K on the device. The views depend on
-    the run's seed alone, so every model sees the same. images: uint8 array N x H x W x 3."""
+    the run's seed alone, so every model sees the same. images: uint8 array N x H x W x 3, or ImageFiles. Processes share the work."""
     model.eval()
-    out = torch.empty(1 + views, len(images), env.num_classes, device=env.device)
-    for start in range(0, len(images), 512):
-        x = torch.from_numpy(images[start:start + 512]).to(env.device).permute(0, 3, 1, 2)
+    out = torch.zeros(1 + views, len(images), env.num_classes, device=env.device)
+    for start, x in test_batches(images, env.device, env.rank, env.world, env.args.workers, env.crop):
         for v in range(1 + views):
             rng = np.random.default_rng([env.args.seed, 3, v, start])
             view = x if v == 0 else crop_flip(x, rng, x.shape[-1] // 8)
             out[v, start:start + len(x)] = logits_of(model, normalize(view, env.mean, env.std), env).softmax(1)
-    return out
+    return all_sum(out, env.world)
 
 
 def accuracy(probs, split, env):
@@ -242,53 +238,65 @@ def trainable_masks(model, alive=None):
     return pairs
 
 
-def train(model, optimizer, rate, weight_decay, data, log_alpha, masks, env):
-    """One pass over `data`, batches of (x, y), with SGD; returns sums on the device: loss, and (2, K): drawn, correct per class.
+def make_step(model, optimizer, weight_decay, log_alpha, masks, env):
+    """One step of SGD, step(x, y, (share, learning rate), _). It adds to step.sums (3, K): images drawn and correct by class, and a row that
+    adds up to their loss.
 
-    rate: learning rate of each step (iterable). Weight decay is added to the gradient here and not in the optimiser, and the gradient
-    of frozen weights is zeroed after it: their momentum stays 0 and SGD leaves them bit for bit as they are.
+    Weight decay is added to the gradient here and not in the optimiser, and the gradient of frozen weights is zeroed after it: their
+    momentum stays 0 and SGD leaves them bit for bit as they are.
     """
-    model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     frozen, keep = [w for w, _ in masks], [m for _, m in masks]
-    loss_sum = torch.zeros((), device=env.device)
-    tally = torch.zeros(2, env.num_classes, device=env.device)
-    for (x, y), lr in zip(data, rate):
+    sums = torch.zeros(3, env.num_classes, device=env.device)
+
+    def step(x, y, numbers, _):
+        share, lr = numbers
         for group in optimizer.param_groups:
             group["lr"] = lr
-        logits = logits_of(model, x, env)
+        logits = logits_of(env.network, x, env)
         loss = compensation_loss(logits, y, log_alpha)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * share).backward()
         torch._foreach_add_([p.grad for p in params], params, alpha=weight_decay)
         if frozen:
             torch._foreach_mul_([w.grad for w in frozen], keep)
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
-            loss_sum += loss.detach() * len(y)
-            tally[0].index_add_(0, y, torch.ones_like(y, dtype=torch.float32))
-            tally[1].index_add_(0, y, (logits.argmax(1) == y).float())
-    return loss_sum, tally
+            one = torch.ones_like(y, dtype=torch.float32)
+            sums.index_add_(1, y, torch.stack([one, (logits.argmax(1) == y).float(), one * loss]))
+    step.sums = sums
+    return step
+
+
+def train(model, step, rate, data, env, replay=False):
+    """Steps over `data`, batches of (x, y, share), at the learning rates `rate`; returns (step.sums of these steps, steps done). Ends early
+    when the run is told to stop. replay: as a CUDA graph where that is possible."""
+    model.train()
+    step.sums.zero_()
+    if not hasattr(step, "replay"):
+        step.replay = Replay(step, enabled=replay and env.device.type == "cuda" and env.world == 1 and env.bf16)
+    done = 0
+    for (x, y, share), lr in zip(data, rate):
+        step.replay(x, y, (share, lr))
+        done += 1
+        if (env.world == 1 or done % 16 == 0) and should_stop(env.world, env.device):
+            break
+    return step.sums.clone(), done
 
 
 def stop_if_not_finite(loss, model, where):
     """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
     if not torch.stack([loss, *(v.sum() for v in model.state_dict().values() if v.is_floating_point())]).isfinite().all():
-        print(f"error: the loss became {loss.item()} in {where}; the last checkpoint is kept: lower --lr and start again, "
-              "or look at the data", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: lower --lr and start "
+                  "again, or look at the data", file=sys.stderr)
         sys.exit(3)
-
-
-def clock(device):
-    """Seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def make_optimizer(model, lr):
     """SGD with momentum 0.9; weight decay is added in `train`, where frozen weights are spared."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
+    fused = next(model.parameters()).is_cuda  # takes its rate from the device, as a CUDA graph needs it
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused, foreach=not fused)
 
 
 @torch.no_grad()
@@ -300,7 +308,7 @@ def reestimate_batchnorm(model, data, env):
         m.reset_running_stats()
         m.momentum = None  # cumulative mean
     model.train()
-    for x, _ in data:
+    for x, _, _ in data:
         logits_of(model, x, env)
     for m, momentum in zip(norms, momenta):
         m.momentum = momentum
@@ -310,10 +318,26 @@ def class_losses(model, classes, cap, log_alpha, env):
     """L_y, the loss averaged over at most `cap` training images of class y, not augmented, for each of
     `classes` (a generator, graphs attached)."""
     model.eval()
-    for c in classes:
-        idx = torch.from_numpy(np.flatnonzero(env.labels_np == c)[:cap]).to(env.device)
-        x = normalize(env.images[idx].permute(0, 3, 1, 2), env.mean, env.std)
-        yield compensation_loss(logits_of(model, x, env), env.labels[idx], log_alpha)
+    rows = [env.by_class[env.starts[c]:env.starts[c] + min(cap, env.counts[c])] for c in classes]
+    if isinstance(env.images, ImageFiles):
+        flat = np.concatenate([np.arange(0), *rows])
+        batches = (x.to(env.device) for x in decode_batches(env.images, flat, flat, [len(r) for r in rows], env.args.workers))
+    else:
+        batches = (center_crop(env.images[torch.from_numpy(r).to(env.images.device)].to(env.device).permute(0, 3, 1, 2), env.crop) for r in rows)
+    for c, x in zip(classes, batches):
+        y = torch.full((len(x),), int(c), device=env.device)
+        yield compensation_loss(logits_of(model, normalize(x, env.mean, env.std), env), y, log_alpha)
+
+
+def scores_for(model, classes, kind, log_alpha, env, generator=None):
+    """taylor_importance of the conv and linear weights to `classes`, which the processes share; the same on all of them."""
+    weights = [m.weight for m in weight_layers(model).values()]
+    mine = classes[env.rank::env.world]
+    scores = taylor_importance(weights, class_losses(model, mine, env.args.importance_images, log_alpha, env), kind, generator)
+    if env.world > 1 and kind in ("taylor", "fisher"):
+        flat = all_sum(torch.cat([s.flatten() for s in scores]) * len(mine), env.world) / len(classes)
+        scores = [part.view_as(w) for part, w in zip(flat.split([w.numel() for w in weights]), weights)]
+    return scores
 
 
 def prune_to(model, alive, ratio, scores):
@@ -329,43 +353,54 @@ def prune_to(model, alive, ratio, scores):
             layer.weight.mul_(alive[name] | ~free[name])
 
 
-def decouple(model, t, stage, gammas, env, measure=None):
+def decouple(model, t, stage, gammas, env, measure=None, progress=None, save=lambda progress: None):
     """Taylor-guided Parameter Decoupling: prune the free weights to each ratio of `gammas` in turn, gradually, retraining in between.
 
-    Returns `alive`, {layer: bool tensor} of the weights kept, and the curve [(ratio, measure(), state dict, alive)] when `measure` is
-    given. The model is left at the last ratio.
+    Returns its progress: "alive", {layer: bool tensor} of the weights kept; when `measure` is given, "curve", [(ratio, measure())], and
+    "best", the model and alive at the last ratio before the largest drop. The model is left at the last ratio. save(progress) is called
+    after each step; a progress that it was given goes on from there.
     """
-    args, dt = env.args, env.args.tpd_steps
-    layers = weight_layers(model)
-    alive = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in layers.items()}
+    args, dt, layers = env.args, env.args.tpd_steps, weight_layers(model)
     classes, log_alpha, probs = env.stages[stage]
-    total = dt * args.tpd_iters * len(gammas)
-    sampler = ClassSampler(env.labels_np, probs, total * args.batch_size, env.args.seed * 1000 + t)
+    p = progress or {"ratio": 0, "step": 0, "optimizer": None, "curve": [], "last": None, "best": None,
+                     "alive": {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in layers.items()}}
+    p["alive"] = alive = {n: a.to(env.device) for n, a in p["alive"].items()}
+    sampler = ClassSampler(env.labels_np, probs, dt * args.tpd_iters * len(gammas) * args.batch_size, env.args.seed * 1000 + t)
     sampler.set_epoch(10 ** 6)  # draws of their own
     draws = sampler.indices().reshape(len(gammas), dt, -1)
     rate = [args.tpd_lr * 0.5 * (1 + math.cos(math.pi * i / (dt * args.tpd_iters))) for i in range(dt * args.tpd_iters)]
-    random = torch.Generator().manual_seed(args.seed * 1000 + t)
-    curve, before = [], 0.0
-    for i, gamma in enumerate(gammas):
+    while (i := p["ratio"]) < len(gammas):
+        gamma, before = gammas[i], gammas[i - 1] if i else 0.0
         optimizer = make_optimizer(model, args.tpd_lr)
-        for step in range(1, dt + 1 if gamma > 0 else 1):
-            scores = taylor_importance([m.weight for m in layers.values()],
-                                       class_losses(model, classes, args.importance_images, log_alpha, env), args.importance, random)
+        if p["optimizer"]:
+            optimizer.load_state_dict(p["optimizer"])
+        for step in range(p["step"] + 1, dt + 1 if gamma > 0 else 1):
+            random = torch.Generator().manual_seed(args.seed * 10 ** 6 + t * 10 ** 4 + i * 100 + step)
+            scores = scores_for(model, classes, args.importance, log_alpha, env, random)
             prune_to(model, alive, gradual_ratio(step, dt, before, gamma), scores)
             masks = trainable_masks(model, alive)
             for weight, mask in masks:  # a weight just pruned must not drift on from zero
                 if "momentum_buffer" in optimizer.state[weight]:
                     optimizer.state[weight]["momentum_buffer"].mul_(mask)
-            data = batches(env, draws[i, step - 1], [args.seed, t, 2, i, step], args.aug)
-            loss, _ = train(model, optimizer, rate[(step - 1) * args.tpd_iters:step * args.tpd_iters], args.weight_decay, data, log_alpha,
-                            masks, env)
-            stop_if_not_finite(loss, model, f"pruning after stage {t}")
+            data = env.batches(draws[i, step - 1], key=[args.seed, t, 2, i, step])
+            retrain = make_step(model, optimizer, args.weight_decay, log_alpha, masks, env)
+            sums, done = train(model, retrain, rate[(step - 1) * args.tpd_iters:step * args.tpd_iters], data, env)
+            if done < args.tpd_iters:  # told to stop: the step is done again after --resume
+                print("stopped: go on with --resume", flush=True)
+                sys.exit(EXIT_STOPPED)
+            stop_if_not_finite(all_sum(sums, env.world)[2].sum(), model, f"pruning after stage {t}")
+            p |= {"step": step, "optimizer": optimizer.state_dict()}
+            save(p)
         if gamma > 0:
-            reestimate_batchnorm(model, batches(env, draws[i].ravel()[:40 * args.batch_size], [args.seed, t, 3, i], args.aug), env)
+            reestimate_batchnorm(model, env.batches(draws[i].ravel()[:40 * args.batch_size], key=[args.seed, t, 3, i]), env)
         if measure:
-            curve.append((gamma, measure(), {k: v.clone() for k, v in model.state_dict().items()}, {n: a.clone() for n, a in alive.items()}))
-        before = gamma
-    return alive, curve
+            p["curve"].append((gamma, measure()))
+            if i >= 2 and last_ratio_before_largest_drop(*zip(*p["curve"])) == gammas[i - 1]:
+                p["best"] = p["last"]
+            p["last"] = {"model": {k: v.clone() for k, v in model.state_dict().items()}, "alive": {n: a.clone() for n, a in alive.items()}}
+        p |= {"ratio": i + 1, "step": 0, "optimizer": None}
+        save(p)
+    return p
 
 
 def last_ratio_before_largest_drop(ratios, accuracies):
@@ -396,19 +431,23 @@ def aggregate(probs, split, env, temperatures):
     """The three mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K, view 0 clean.
 
     Every prediction is the mean over the clean image and its views. The mixtures take each sub-model at its temperature; lambda is found
-    from the first two random views and drawn towards equal weights (--trust), as a search that stops early would leave it.
+    from the first two random views and drawn towards equal weights (--trust), as a search that stops early would leave it. probs is changed.
     """
     T, trust = len(probs), env.args.trust
     raw = probs.mean(1)
-    probs = torch.stack([temper(p, t) for p, t in zip(probs, temperatures)])
+    for t in range(T):
+        if temperatures[t] != 1:
+            probs[t] = temper(probs[t], temperatures[t])
     mean_views = probs.mean(1)
     start = clock(env.device)
-    lam = {"instance": instance_weights(probs[:, 1], probs[:, 2])}
+    grams = view_grams(probs[:, 1], probs[:, 2])
+    lam = {"instance": best_weights(grams, one_for_all=False)}
     seconds = clock(env.device) - start
-    lam |= {"group": group_weights(probs[:, 1], probs[:, 2]), "mean": torch.full((1, T), 1 / T, device=probs.device)}
+    lam |= {"group": best_weights(grams, one_for_all=True), "mean": torch.full((1, T), 1 / T, device=probs.device)}
+    lam = {name: trust * weights + (1 - trust) / T for name, weights in lam.items()}
     result = {"weights_seconds": seconds, "temperatures": temperatures, "aggregations": {}, "lambda_by_group": {}}
     for name, weights in lam.items():
-        mixed = mix(mean_views, trust * weights + (1 - trust) / T)
+        mixed = mix(mean_views, weights)
         acc = accuracy(mixed, split, env)
         ece = expected_calibration_error(mixed, torch.from_numpy(split.labels).to(mixed.device))
         result["aggregations"][name] = acc | {"ece": ece}
@@ -432,8 +471,7 @@ def importance_by_group(model, env):
     """Mean Taylor importance of a weight to each class group (Fig. 1b): {"many", "medium", "few"}, None for an empty group."""
     result, log_alpha = {}, torch.zeros(env.num_classes, device=env.device)
     for name, classes in class_groups(env.counts).items():
-        weights = [m.weight for m in weight_layers(model).values()]
-        scores = taylor_importance(weights, class_losses(model, classes, env.args.importance_images, log_alpha, env))
+        scores = scores_for(model, classes, "taylor", log_alpha, env)
         result[name] = float(sum(s.double().sum() for s in scores)) / sum(s.numel() for s in scores) if len(classes) else None
     return result
 
@@ -471,7 +509,7 @@ def print_report(report, views):
         print(row(f"DO, {name} weights", test["aggregations"][name]))
     print(row("(diagnosis) oracle by true group", test["oracle_by_true_group"]))
     print(f"{'(diagnosis) a sub-model is right':34}{'':24}{test['at_least_one_right']:8.1f}")
-    print(f"temperatures {test['temperatures']}, fitted on the validation split" if max(test["temperatures"]) != 1 else "no temperatures")
+    print(f"temperatures {test['temperatures']}, fitted on the validation split" if any(t != 1 for t in test["temperatures"]) else "no temperatures")
     print(f"the instance weights took {test['weights_seconds']:.2f} s, the forward passes they rest on {test['forward_seconds']:.1f} s")
 
 
@@ -526,7 +564,8 @@ def parse_args(argv=None):
     parser.add_argument("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment, Cutout")
     model = parser.add_argument_group("model and optimiser; what shows no default has one by dataset, in RECIPES")
     model.add_argument("--arch", help="resnet32, resnet50, resnet152 or another torchvision classifier")
-    model.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's ImageNet weights (places_lt does)")
+    model.add_argument("--weights", metavar="FILE", help="start from the weights in this file (a last layer of another shape starts afresh)")
     model.add_argument("--epochs", help="one number a stage, as 100,50,50")
     model.add_argument("--lr", help="one number a stage, as 0.05,0.005,0.005")
     model.add_argument("--schedule", help="one word a stage: cosine (to 0) or constant (default %(default)s)", default="cosine")
@@ -539,7 +578,7 @@ def parse_args(argv=None):
     method.add_argument("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage (default %(default)s)")
     method.add_argument("--loss", choices=["compensation", "ce"], default="compensation", help="ce: no margin in any stage (Table 8) (default %(default)s)")
     method.add_argument("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="score that ranks weights (default %(default)s)")
-    method.add_argument("--importance-images", type=int, default=20, help="training images a class for the score, at most (default %(default)s)")
+    method.add_argument("--importance-images", type=int, help="training images a class for the score, at most (20; inat18: 4)")
     method.add_argument("--tpd-steps", type=int, default=10, help="steps of gradual pruning (the paper's dt) (default %(default)s)")
     method.add_argument("--tpd-iters", type=int, help="retraining iterations after each of them (the paper: 1; by dataset, mostly 20)")
     method.add_argument("--tpd-lr", type=float, default=0.02, help="rate of that retraining, cosine to 0 (default %(default)s)")
@@ -554,18 +593,20 @@ def parse_args(argv=None):
     system.add_argument("--seed", type=int, default=0)
     system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it (default %(default)s)")
+    system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
+    system.add_argument("--bench", action="store_true", help="time the steps of --arch instead, on made-up images")
     system.add_argument("--out", help="folder of the run (default runs/NAME)")
     system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     system.add_argument("--stage1", metavar="FILE", help="begin behind stage 1 with another run's stage1.pt (same data, seed, stage 1)")
     system.add_argument("--export", action="store_true", help="write each sub-model as a plain state dict")
     args = parser.parse_args(argv)
 
-    kind = "cifar100 imb 50" if args.dataset == "cifar100" and args.imb == 50 else args.dataset
+    kind = "cifar100 imb 50" if args.dataset == "cifar100" and args.imb == 50 else known_name(args.dataset)
     recipe = RECIPES.get(kind, RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
-    defaults = {key: value for key, value in ({"batch_size": 256, "aug": "strong", "tpd_iters": 20} | recipe).items() if getattr(args, key) is None}
+    defaults = {key: value for key, value in ({"batch_size": 256, "aug": "strong", "tpd_iters": 20, "importance_images": 20, "pretrained": False} | recipe).items() if getattr(args, key) is None}
     for key, value in defaults.items():
         setattr(args, key, value)
-    if args.imb is None and args.imb_type != "keep":
+    if args.imb is None:
         args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}.get(args.dataset)
     known = ("many", "medium", "medium-top", "medium-low", "few")
     args.order = args.order.split(",")
@@ -592,7 +633,7 @@ def parse_args(argv=None):
     if not 0 < args.rho < 1:
         raise InputError(f"--rho {args.rho:g}: must lie between 0 and 1, exclusive")
     for flag, least in (("batch_size", 2), ("views", 2), ("tpd_steps", 1), ("tpd_iters", 1), ("importance_images", 1), ("seed", 0), ("split_seed", 0),
-                        ("weight_decay", 0), ("reinit", 0), ("epochs", 1), ("lr", 1e-12)):
+                        ("weight_decay", 0), ("reinit", 0), ("workers", 0), ("epochs", 1), ("lr", 1e-12), ("tpd_lr", 1e-12)):
         value = getattr(args, flag)
         if not all(v >= least and math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be at least {least:g}" + " (two random views are compared)" * (flag == "views"))
@@ -601,20 +642,20 @@ def parse_args(argv=None):
     if set(args.schedule) - {"cosine", "constant"}:
         raise InputError(f"--schedule {','.join(args.schedule)}: cosine or constant")
     if args.out is None:
-        name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if args.imb else "")
+        name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if isinstance(args.imb, float) else "")
         args.out = f"runs/do_{name}_{args.arch}_seed{args.seed}"
     return args
 
 
 # flags that may differ between a checkpoint and the run that goes on from it
-FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "calibrate", "trust", "device", "data_root"}
-STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "batch_size", "weight_decay", "seed",
+FREE_FLAGS = {"resume", "out", "export", "stage1", "agg", "calibrate", "trust", "device", "data_root", "lists", "workers", "bench"}
+STAGE1_FLAGS = {"dataset", "imb", "imb_type", "split_seed", "size", "aug", "arch", "pretrained", "weights", "batch_size", "weight_decay", "seed",
                 "precision"}  # those that shape a stage of natural draws without a margin
 
 
 def check_same_run(state, args, counts, path, stage1_only):
     """Raise InputError when a checkpoint is not this run's (for --stage1: when its stage 1 is not this run's)."""
-    if not isinstance(state, dict) or not {"args", "stage", "epoch", "counts", "report", "model", "norms"} <= set(state):
+    if not isinstance(state, dict) or not {"args", "stage", "epoch", "counts", "report", "model", "norms", "optimizer", "rng", "begun", "pruning"} <= set(state):
         raise InputError(f"{path} is no checkpoint of this script; give a run's {'stage1.pt' if stage1_only else 'last.pt'}")
     saved, now = state["args"], vars(args)
     for key in sorted(STAGE1_FLAGS if stage1_only else set(now) - FREE_FLAGS):
@@ -628,19 +669,116 @@ def check_same_run(state, args, counts, path, stage1_only):
         raise InputError(f"--stage1 {path}: not the end of a stage 1 with this run's --order, --epochs, --lr and --schedule")
 
 
+def usual_loop(arch, num_classes, photos, labels, device):
+    """What most published code for CIFAR does, to compare with: float32, images transformed one by one (crop and flip) by up to four worker
+    processes, the loss asked for in each step. photos: uint8 array N x H x W x 3. Returns a call that trains on all images once."""
+    from torchvision import transforms as T
+    side = photos.shape[1]
+    transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize([0.5] * 3, [0.2] * 3)])
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(photos)
+
+        def __getitem__(self, i):
+            return transform(photos[i]), int(labels[i])
+    loader = torch.utils.data.DataLoader(Images(), 128, shuffle=True, num_workers=min(4, os.cpu_count() or 1), persistent_workers=True, pin_memory=device.type == "cuda")
+    model = build_model(arch, num_classes).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+
+    def run():
+        model.train()
+        total = 0.0
+        for x, y in loader:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            loss = F.cross_entropy(model(x), y)
+            total += loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return total
+    return run
+
+
+def bench(args):
+    """Time, on made-up images, the bare step, the loop, a stage 2 step with frozen weights, and evaluation; print and write the ratios."""
+    if "WORLD_SIZE" in os.environ:
+        raise InputError("--bench: times one process")
+    device = join_processes(args.device)[0]
+    keep_memory()
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    size, k, n = args.size or (32 if args.arch in CIFAR_DEPTHS else 224), 100, args.batch_size
+    steps = 8 if device.type == "cpu" else 32
+    model = add_owner_masks(build_model(args.arch, k)).to(device, memory_format=torch.channels_last)
+    photos = torch.randint(256, (steps * n, size, size, 3), dtype=torch.uint8)
+    labels, (mean, std) = torch.randint(k, (steps * n,)), torch.full((2, 3), 128.0, device=device)
+    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+                             network=model, num_classes=k, mean=mean, std=std)
+    x, y = random_batch(n, size, k, device)
+    log_alpha, resident = torch.zeros(k, device=device), (photos.to(device), labels.to(device))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    sampler = ClassSampler(labels.numpy(), np.bincount(labels, minlength=k) / len(labels), len(labels), 0)
+    masks = [(m.weight, (torch.rand_like(m.weight) < 0.5).float()) for m in weight_layers(model).values()]
+
+    def bare_step(x, y, numbers, _):
+        for group in optimizer.param_groups:
+            group["lr"] = numbers[0]
+        optimizer.zero_grad()
+        F.cross_entropy(logits_of(model, x, env), y).backward()
+        optimizer.step()
+    bare_replay = Replay(bare_step, enabled=device.type == "cuda" and env.bf16)
+
+    def bare():
+        model.train()
+        for _ in range(steps):
+            bare_replay(x, y, (0.01,))
+    free = make_step(model, make_optimizer(model, 0.01), args.weight_decay, log_alpha, [], env)
+    masked = make_step(model, make_optimizer(model, 0.01), args.weight_decay, log_alpha, masks, env)
+
+    def loop(step, batches):
+        train(model, step, [0.01] * steps, batches, env, replay=True)[0].sum().item()
+    photos_np = photos.numpy()
+    subs, split = [model] * 3, photos_np[:2 * n]
+    cached = torch.stack([predict(sub, split, env, args.views) for sub in subs])
+
+    def evaluate_all(weights):
+        probs = torch.stack([predict(sub, split, env, args.views) for sub in subs])
+        mix(probs.mean(1), weights(probs[:, 1], probs[:, 2])).sum().item()
+    usual = {"usual": (usual_loop(args.arch, k, photos_np, labels.numpy(), device), steps * n)} if size <= 64 else {}
+    measured = measure(usual | {
+        "bare": (bare, steps * n), "do_stage2": (lambda: loop(masked, [(x, y, 1.0)] * steps), steps * n),
+        "loop": (lambda: loop(free, training_batches(*resident, sampler.indices(), n, args.aug, [0], mean, std)), steps * n),
+        "eval_plain": (lambda: predict(model, split, env).sum().item(), 2 * n),
+        "eval_mean": (lambda: evaluate_all(lambda p, q: torch.full((1, 3), 1 / 3, device=device)), 2 * n),
+        "eval_instance": (lambda: evaluate_all(instance_weights), 2 * n),
+        "lambda": (lambda: instance_weights(cached[:, 1], cached[:, 2]).sum().item(), 2 * n)}, device)
+    report_bench(measured, ([("the loop, strong augmentation, over the usual loop, basic augmentation", "loop", "usual", "at least 2")] if usual else []) + [
+        ("the loop (draws, augmentation, log) over the bare step", "loop", "bare", "at least 0.90"),
+        ("stage 2 with frozen weights over the bare step", "do_stage2", "bare", "at least 0.95"),
+        ("instance weights over equal weights, 3 networks x 3 views", "eval_instance", "eval_mean", "at least 1 / 1.1")],
+        args.arch, device, f"{'bf16' if env.bf16 else 'fp32'}, batch {n}, {size} px, {args.aug} augmentation")
+
+
 def main(argv=None):
     """Train, decouple, aggregate, evaluate: the whole method in the paper's order."""
     args, commit = parse_args(argv), git_commit()
-    device = pick_device(args.device)
+    if args.bench:
+        return bench(args)
+    device, rank, world = join_processes(args.device)
+    if args.batch_size % world or world > max(1, args.batch_size // 4):
+        raise InputError(f"--batch-size {args.batch_size}: the batch of all {world} processes together must be a multiple of {world}, "
+                         "of 4 images a process or more")
     keep_memory()
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
 
     # ---- data
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size)
+    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     counts, groups = data.counts, class_groups(data.counts)
     print(f"{data.name} from {data.source}: {data.num_classes} classes, {len(data.train):,} train ({counts.max()}..{counts.min()} a class), "
           f"{len(data.val):,} val, {len(data.test):,} test; " + ", ".join(f"{len(c)} {g}" for g, c in groups.items()))
+    if data.multi_label:
+        raise InputError(f"--dataset {args.dataset} has several labels an image, which DO is not made for; take more_lt.py")
     for stage in list(args.order):
         if len(stage_classes(counts, stage)) == 0 and (at := args.order.index(stage), stage) != (0, "many"):
             print(f"warning: no class is {stage}; its stage is left out")
@@ -648,32 +786,38 @@ def main(argv=None):
                 values.pop(at)
     if not args.order:
         raise InputError("--order: none of its stages has a class in this dataset; begin with many")
-    if args.gamma == "auto" and not all(np.isin(data.val.labels, stage_classes(counts, s)).any() for s in args.order[:-1]):
+    served = {s: c if len(c := stage_classes(counts, s)) else np.arange(len(counts)) for s in args.order}  # a first "many" without classes serves all
+    if args.gamma == "auto" and not all(np.isin(data.val.labels, served[s]).any() for s in args.order[:-1]):
         raise InputError("--gamma auto measures on validation images of each stage's classes and some have none; give numbers, as 0.5,0.8")
     if args.gamma != "auto":
         args.gamma = args.gamma[:max(len(args.order) - 1, 0)]
     T = len(args.order)
     mean, std = (v.to(device) for v in channel_stats(data.train.images))
+    images, labels = on_device(data.train.images, device), torch.from_numpy(data.train.labels).to(device)
     env = argparse.Namespace(
-        args=args, device=device, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
-        images=torch.from_numpy(data.train.images).to(device), labels=torch.from_numpy(data.train.labels).to(device),
-        labels_np=data.train.labels, counts=counts, num_classes=data.num_classes, mean=mean, std=std,
-        stages={})
+        args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+        batches=partial(training_batches, images, labels, batch_size=args.batch_size, kind=args.aug, mean=mean, std=std, rank=rank, world=world,
+                        workers=args.workers, crop=data.crop),
+        images=images, labels_np=data.train.labels, by_class=np.argsort(data.train.labels, kind="stable"), starts=np.cumsum(counts) - counts,
+        counts=counts, num_classes=data.num_classes, mean=mean, std=std, stages={})
     for stage in args.order:
         probs, alpha = stage_class_probs(counts, stage, args.rho, args.few_sampling), compensation_alpha(counts, stage, args.rho)
         alpha = alpha if args.loss == "compensation" else np.ones_like(alpha)
-        classes = stage_classes(counts, stage)  # a first stage without classes of its own ("many") serves them all
-        env.stages[stage] = classes if len(classes) else np.arange(len(counts)), torch.from_numpy(np.log(alpha)).float().to(device), probs
+        env.stages[stage] = served[stage], torch.from_numpy(np.log(alpha)).float().to(device), probs
 
     # ---- model, and where an interrupted run stood
     torch.manual_seed(args.seed)
-    model = add_owner_masks(build_model(args.arch, data.num_classes, args.pretrained)).to(device, memory_format=torch.channels_last)
+    model = add_owner_masks(build_model(args.arch, data.num_classes, args.weights or args.pretrained))
+    model = share_batchnorm(model, world, device).to(device, memory_format=torch.channels_last)
+    check_size(model, args.arch, data.side)
+    env.network = distribute(model, world, device)
     out = Path(args.out)
     print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {'bf16' if env.bf16 else 'fp32'}, "
-          f"batch {args.batch_size}, seed {args.seed}, split seed {args.split_seed}; writes {out}", flush=True)
-    t, epoch, optimizer_state = 1, 0, None
+          f"batch {args.batch_size}{f' over {world} processes' if world > 1 else ''}, seed {args.seed}, split seed {args.split_seed}; "
+          f"writes {out}", flush=True)
+    t, epoch, optimizer_state, begun, pruning = 1, 0, None, None, None
     report = {"submodels": [], "bar": {}, "importance_by_group": {}, "pruning_curve": {}, "gammas": [], "log": [], "train_seconds": 0.0,
-              "tpd_seconds": 0.0, "images": 0}
+              "tpd_seconds": 0.0, "images": 0}  # tpd_seconds: of the last start alone, when it was interrupted
     state = None
     if args.resume:
         state = load_checkpoint(out / "last.pt")
@@ -690,17 +834,24 @@ def main(argv=None):
         check_same_run(state, args, counts, args.stage1, stage1_only=True)
     if state is not None:
         t, epoch, report, optimizer_state = state["stage"], state["epoch"], state["report"], state["optimizer"]
+        begun, pruning = state["begun"], state["pruning"]
         model.load_state_dict(state["model"])
         model.stage_norms = {s: {k: v.to(device) for k, v in norms.items()} for s, norms in state["norms"].items()}
-        torch.set_rng_state(state["rng"])
+        set_random_state(state["rng"], device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from None
 
-    def save(path, stage, epoch, optimizer=None):
-        save_checkpoint(path, {"args": vars(args), "stage": stage, "epoch": epoch, "counts": counts.tolist(), "report": report, "model": model.state_dict(),
-                               "norms": model.stage_norms, "optimizer": optimizer and optimizer.state_dict(), "rng": torch.get_rng_state()})
+    def save(path, stage, epoch, optimizer=None, begun=None, pruning=None):
+        """begun: (steps done, sums, seconds) of an epoch that was cut short; pruning: progress of `decouple`."""
+        if rank == 0:
+            save_checkpoint(path, {"args": vars(args), "stage": stage, "epoch": epoch, "counts": counts.tolist(), "report": report,
+                                   "model": model.state_dict(), "norms": model.stage_norms, "optimizer": optimizer and optimizer.state_dict(),
+                                   "rng": random_state(device), "begun": begun, "pruning": pruning})
+        if should_stop(world, device) or begun:  # the question first: it waits for the process that writes
+            print(f"stopped at stage {stage}, epoch {epoch}: go on with --resume", flush=True)
+            sys.exit(EXIT_STOPPED)
 
     def record(stage, after):
         """Sub-model accuracy on clean images, for the paper's Table 7."""
@@ -718,12 +869,12 @@ def main(argv=None):
 
         # ---- CPO: this stage's draws and margin; weights of earlier stages are active and frozen
         sampler = ClassSampler(data.train.labels, probs, len(data.train), args.seed * 1000 + t)
-        steps = math.ceil(len(data.train) / args.batch_size)
+        steps = batches_in(len(data.train), args.batch_size)
         optimizer = make_optimizer(model, args.lr[t - 1])
-        if optimizer_state:
+        if optimizer_state and not pruning:
             optimizer.load_state_dict(optimizer_state)
             optimizer_state = None
-        masks = trainable_masks(model)
+        step = make_step(model, optimizer, args.weight_decay, log_alpha, trainable_masks(model), env)
         if epoch < args.epochs[t - 1]:
             print(f"\nstage {t} of {T}, {stage}: {args.epochs[t - 1]} epochs of {len(data.train):,} draws, rate {args.lr[t - 1]:g} "
                   f"{args.schedule[t - 1]}\n{'epoch':>9}{'loss':>9}{'rate':>9}   drawn:{'many':>6}{'medium':>8}{'few':>8}{'all':>8}   val:{'all':>6}"
@@ -733,15 +884,20 @@ def main(argv=None):
             sampler.set_epoch(epoch)
             fraction = (epoch + np.arange(steps) / steps) / args.epochs[t - 1]
             rate = args.lr[t - 1] * (0.5 + 0.5 * np.cos(math.pi * fraction) if args.schedule[t - 1] == "cosine" else np.ones(steps))
-            loss, tally = train(model, optimizer, rate.tolist(), args.weight_decay,
-                                batches(env, sampler.indices(), [args.seed, t, 1, epoch], args.aug), log_alpha, masks, env)
-            stop_if_not_finite(loss, model, f"stage {t}, epoch {epoch + 1}")
-            loss = loss.item() / len(data.train)
-            seconds = clock(device) - start
+            first, before, earlier = begun or (0, torch.zeros(3, env.num_classes), 0.0)
+            begun = None
+            sums, done = train(model, step, rate[first:].tolist(), env.batches(sampler.indices(), key=[args.seed, t, 1, epoch], first=first), env,
+                               replay=True)
+            sums = all_sum(sums, world) + before.to(device)
+            stop_if_not_finite(sums[2].sum(), model, f"stage {t}, epoch {epoch + 1}")
+            if first + done < steps:  # told to stop
+                save(out / "last.pt", t, epoch, optimizer, begun=(first + done, sums, earlier + clock(device) - start))
+            drawn, correct, loss = sums.cpu().double().numpy()
+            loss = float(loss.sum() / drawn.sum())
+            seconds = earlier + clock(device) - start
             epoch += 1
             report["train_seconds"] += seconds
             report["images"] += len(data.train)
-            drawn, correct = tally.cpu().double().numpy()
             rates = np.where(drawn > 0, 100 * correct / np.maximum(drawn, 1), np.nan)
             acc = {g: float(np.nanmean(rates[c])) if len(c) and (drawn[c] > 0).any() else None for g, c in (groups | {"all": np.arange(len(counts))}).items()}
             val = None
@@ -752,13 +908,15 @@ def main(argv=None):
                                   "val_all": val, "images_per_second": len(data.train) / seconds})
             print(f"{t}:{epoch:>4}/{args.epochs[t - 1]:<4}{loss:8.3f}{rate[0]:9.4f}{'':9}" + "".join(f"{show(acc[g]):>8}" for g in (*GROUPS, "all"))[2:]
                   + f"{'':7}{show(val):>6}{len(data.train) / seconds:9.0f}{left / 60:6.1f} min", flush=True)
+            if rank == 0:
+                write_log(out / "log.csv", report["log"])
             save(out / "last.pt", t, epoch, optimizer)
-            write_log(out / "log.csv", report["log"])
-        if t == 1:
+        if t == 1 and not pruning:
             save(out / "stage1.pt", t, epoch, optimizer)
-        record(t, "cpo")
+        if not pruning:
+            record(t, "cpo")
 
-        if t == 1 and stage == "many":  # stage 1 is plain cross-entropy: the bar, and the importance before
+        if t == 1 and stage == "many" and not pruning:  # stage 1 is plain cross-entropy: the bar, and the importance before
             prior = torch.from_numpy(counts / counts.sum()).to(device, torch.float32)
             for name, split in (("val", data.val), ("test", data.test)):
                 if len(split):
@@ -774,16 +932,15 @@ def main(argv=None):
             def measure():
                 per_class = accuracy(predict(model, data.val.images, env)[0], data.val, env)["per_class"]
                 return float(np.mean([per_class[c] for c in classes if per_class[c] is not None]))
+            ratios = [g / 10 for g in range(10)] if args.gamma == "auto" else [args.gamma[t - 1]]
+            pruned = decouple(model, t, stage, ratios, env, measure if args.gamma == "auto" else None, pruning,
+                              lambda progress: save(out / "last.pt", t, epoch, pruning=progress))
+            pruning, gamma, alive = None, ratios[0], pruned["alive"]
             if args.gamma == "auto":
-                ratios = [g / 10 for g in range(10)]
-                _, curve = decouple(model, t, stage, ratios, env, measure)
-                report["pruning_curve"][stage] = [(g, a) for g, a, _, _ in curve]
-                gamma = last_ratio_before_largest_drop(ratios, [a for _, a, _, _ in curve])
-                _, _, best, alive = curve[round(10 * gamma)]
-                model.load_state_dict(best)
-            else:
-                gamma = args.gamma[t - 1]
-                alive, _ = decouple(model, t, stage, [gamma], env)
+                report["pruning_curve"][stage] = pruned["curve"]
+                gamma = last_ratio_before_largest_drop(*zip(*pruned["curve"]))
+                alive = {n: a.to(device) for n, a in pruned["best"]["alive"].items()}
+                model.load_state_dict(pruned["best"]["model"])
             report["gammas"].append(gamma)
             report["tpd_seconds"] += clock(device) - start
             print(f"TPD: {100 * gamma:.0f} % of the free weights pruned by {args.importance} importance")
@@ -795,7 +952,8 @@ def main(argv=None):
         t, epoch = t + 1, 0
         save(out / "last.pt", t, epoch)
 
-    # ---- test time: mix the nested sub-models
+    # ---- test time: mix the nested sub-models; a stop from here on is at once, all is in last.pt
+    stop_at_once()
     submodels = []
     for s in range(1, T + 1):
         sub = build_model(args.arch, data.num_classes).to(device, memory_format=torch.channels_last)
@@ -806,7 +964,9 @@ def main(argv=None):
     for name, split in (("val", data.val), ("test", data.test)):
         if len(split):
             start = clock(device)
-            probs = torch.stack([predict(sub, split.images, env, args.views) for sub in submodels])
+            probs = torch.empty(T, 1 + args.views, len(split), data.num_classes, device=device)  # iNaturalist: 7 GB, so only once
+            for sub, out_of in zip(submodels, probs):
+                out_of.copy_(predict(sub, split.images, env, args.views))
             seconds = clock(device) - start
             if name == "val" and args.calibrate == "val":
                 temperatures = [fit_temperature(p[0], torch.from_numpy(split.labels).to(device)) for p in probs]
@@ -814,6 +974,8 @@ def main(argv=None):
     print_report(report, args.views)
 
     # ---- files
+    if rank:
+        return None
     chosen = report["test"]["aggregations"][args.agg]
     if args.export:
         for s, sub in enumerate(submodels, 1):
@@ -837,8 +999,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

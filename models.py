@@ -11,13 +11,18 @@ Run as a script it prints parameters, FLOPs and images per second:  python model
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -66,17 +71,27 @@ class ResNetCifar(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def build_model(arch, num_classes, pretrained=False):
+CIFAR_DEPTHS = {f"resnet{6 * n + 2}": n for n in (3, 5, 7, 9, 18)}  # resnet20, 32, 44, 56, 110
+
+
+def build_model(arch, num_classes, pretrained=False, size=None):
     """A freshly initialised network; draws from the global torch generator.
 
-    arch: "resnet32" (for CIFAR-size images) or the name of a torchvision classification model ("resnet50", "resnet152",
-    "vit_b_16", ...). pretrained=True loads torchvision's ImageNet weights and replaces the last layer (ResNets only).
-    Raises InputError for an unknown arch.
+    arch: "resnet20", "resnet32", .. "resnet110" (for CIFAR-size images) or the name of a torchvision classification model ("resnet50", "resnet152",
+    "vit_b_16", ...). pretrained=True loads torchvision's ImageNet weights and replaces the last layer (ResNets only); the path of a
+    state dict loads that, all but a last layer of another shape. "clip:ViT-B-16", "clip:RN50": the image tower of open_clip (not a
+    dependency) for images of `size` pixels. Raises InputError for an unknown arch or a file that does not fit.
     """
-    if arch == "resnet32":
+    if isinstance(pretrained, (str, Path)) and not arch.startswith("clip:"):
+        model = build_model(arch, num_classes)
+        load_weights(model, pretrained)
+        return model
+    if arch in CIFAR_DEPTHS:
         if pretrained:
-            raise InputError("--arch resnet32 has no ImageNet weights: leave out --pretrained or take resnet50")
-        return ResNetCifar(5, num_classes)
+            raise InputError(f"--arch {arch} has no ImageNet weights: leave out --pretrained or take resnet50")
+        return ResNetCifar(CIFAR_DEPTHS[arch], num_classes)
+    if arch.startswith("clip:"):
+        return ClipClassifier(arch.removeprefix("clip:"), num_classes, "openai" if pretrained is True else pretrained or None, size)
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
         raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152 or another classifier of torchvision")
@@ -91,6 +106,70 @@ def build_model(arch, num_classes, pretrained=False):
         raise InputError(f"--arch {arch}: --pretrained replaces the last layer of a ResNet; this network has another head")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
+
+
+class ClipClassifier(nn.Module):
+    """The image tower of a CLIP model of open_clip ("ViT-B-16", "RN50") and a linear head on its normalised features, times 1 / 0.07.
+
+    pretrained: None, a tag of open_clip's ("openai": downloads) or a file of weights. size: side of the images in pixels.
+    `visual` is open_clip's own module: its state dict loads back there. Raises InputError without open_clip or such a model.
+    """
+
+    def __init__(self, name, num_classes, pretrained=None, size=None):
+        super().__init__()
+        clip = self.whole(name, pretrained, size)
+        self.visual, self.name, self.pretrained = clip.visual, name, pretrained
+        self.visual.eval()  # the image below must not go into BatchNorm's statistics
+        with torch.no_grad():
+            width = self.visual(torch.zeros(1, 3, *np.broadcast_to(self.visual.image_size, 2))).shape[1]
+        self.head = nn.Linear(width, num_classes)
+
+    @staticmethod
+    def whole(name, pretrained, size=None):
+        """open_clip's model, towers for images and text."""
+        try:
+            import open_clip
+        except ImportError:
+            raise InputError(f"--arch clip:{name} needs open_clip: pip install open_clip_torch") from None
+        if name not in open_clip.list_models():
+            raise InputError(f"--arch clip:{name}: open_clip has no such model; take clip:ViT-B-16 or clip:RN50")
+        try:
+            return open_clip.create_model(name, pretrained=pretrained and str(pretrained), force_image_size=size)
+        except Exception as error:  # its downloads and checkpoints fail in many ways
+            raise InputError(f"--arch clip:{name}: no weights from {pretrained} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                             "download them by hand and give the file as --weights") from None
+
+    def forward(self, x):
+        return self.head(F.normalize(self.visual(x), dim=1)) / 0.07
+
+    def text_head(self, class_names):
+        """Start the head at the text tower's features of "a photo of a NAME." (Radford et al., ICML 2021)."""
+        import open_clip
+        clip = self.whole(self.name, self.pretrained).eval()
+        with torch.no_grad():
+            text = clip.encode_text(open_clip.get_tokenizer(self.name)([f"a photo of a {n.replace('_', ' ')}." for n in class_names]))
+            self.head.weight.copy_(F.normalize(text, dim=1))
+            self.head.bias.zero_()
+
+
+def load_weights(model, path):
+    """Load a state dict (plain, or under "state_dict" or "model"), leaving out a last layer whose shape differs. Raises InputError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"--weights {path}: no such file") from None
+    except Exception as error:
+        raise InputError(f"--weights {path}: cannot be read as weights ({type(error).__name__}); give a file that torch.save wrote") from None
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    own = model.state_dict()
+    state = {k.removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
+    last = list(weight_layers(model))[-1]
+    wrong = [k for k in own if not k.startswith(last) and (k not in state or state[k].shape != own[k].shape)]
+    if wrong:
+        raise InputError(f"--weights {path}: lacks {len(wrong)} of {len(own)} tensors of this network or has them in another shape, "
+                         f"{wrong[0]} first; give weights of the same --arch")
+    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
 
 
 # ------------------------------------------------------------------------------------- owner masks and nested sub-models
@@ -136,15 +215,24 @@ def submodel_state(model, t):
 # ------------------------------------------------------------------------------------------------------- low-rank weights (MORE)
 
 class LowRank(nn.Module):
-    """W = W_g + B A, as a parametrisation: W_g is the weight it gets, seen as out x (in * kh * kw); A Kaiming, B zero.
-    Rank max(1, round(ratio * min(out, in * kh * kw))). A grouped convolution's weight is taken as it is stored."""
+    """W = W_g + B A as a parametrisation of a weight seen as out x (in * kh * kw), of rank max(1, round(ratio * min(out, in * kh * kw))).
 
-    def __init__(self, weight, ratio):
+    init "zero": A Kaiming, B zero, W_g = W. "svd": B A is the best approximation of W of that rank. "random": A Kaiming, B normal with
+    W's own standard deviation. Whatever the start, W_g = W - B A, so that the network computes what it did. A grouped convolution's
+    weight is taken as it is stored.
+    """
+
+    def __init__(self, weight, ratio, init="zero"):
         super().__init__()
-        rows, cols = weight.shape[0], weight[0].numel()
-        rank = max(1, round(ratio * min(rows, cols)))
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, cols), a=5 ** 0.5))
-        self.B = nn.Parameter(weight.new_zeros(rows, rank))
+        flat = weight.detach().flatten(1)
+        rank = max(1, round(ratio * min(flat.shape)))
+        A, B = nn.init.kaiming_uniform_(flat.new_empty(rank, flat.shape[1]), a=5 ** 0.5), flat.new_zeros(flat.shape[0], rank)
+        if init == "svd":
+            U, S, V = torch.linalg.svd(flat.double(), full_matrices=False)
+            A, B = ((S[:rank, None].sqrt() * V[:rank]).to(flat), (U[:, :rank] * S[:rank].sqrt()).to(flat))
+        elif init == "random":
+            B.normal_(std=flat.std().item())
+        self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         self.general = False  # general_only switches the low-rank term off
 
     def forward(self, weight):
@@ -153,23 +241,34 @@ class LowRank(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):  # in bf16 the sum would lose the small term
             return weight + (self.B @ self.A).view_as(weight)
 
+    def right_inverse(self, weight):
+        return weight - (self.B @ self.A).view_as(weight)
 
-def add_low_rank(model, ratio=0.1):
+
+def add_low_rank(model, ratio=0.1, init="zero", only=""):
     """Turn every conv and linear weight of any module (and the fused projection of attention layers) into W_g + B A; returns the model.
 
-    With B zero the network computes exactly what it did before. Draws A from the global torch generator.
+    init: zero, svd or random (see LowRank); with zero the network computes bit for bit what it did before. only: a regular expression
+    that a layer's name must contain. Draws A from the global torch generator. Raises InputError (a ValueError) when none does.
     Source: MORE (Luo et al., NeurIPS 2025, arXiv 2510.08177), the decomposition as known at second hand.
     """
-    targets = [(layer, "weight") for layer in weight_layers(model).values()]
-    targets += [(m, "in_proj_weight") for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+    targets = [(name, layer, "weight") for name, layer in weight_layers(model).items()]
+    targets += [(name, m, "in_proj_weight") for name, m in model.named_modules()
+                if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+    try:
+        targets = [(layer, weight) for name, layer, weight in targets if re.search(only, name)]
+    except re.error as error:
+        raise InputError(f"only {only!r} is no regular expression: {error}") from None
+    if not targets:
+        raise InputError(f"only {only!r}: no layer's name contains it; names are as in model.named_modules()")
     for layer, name in targets:
-        parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), ratio))
+        parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), ratio, init))
     return model
 
 
 @contextmanager
 def general_only(model):
-    """Within it the network computes with W_g alone, and BatchNorm uses batch statistics without recording them."""
+    """Within it the network computes with W_g alone, and BatchNorm in training does not record the batch's statistics."""
     terms = [m for m in model.modules() if isinstance(m, LowRank)]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for m in terms:
@@ -197,10 +296,16 @@ def merge_low_rank(model):
 # -------------------------------------------------------------------------------------------------- files and the machine
 
 def write_atomic(path, write):
-    """Call write(temporary path), then rename the file to `path`: a reader sees the old file or the new one, never a half."""
+    """Call write(temporary path), then rename the file to `path`: a reader sees the old file or the new one, never a half.
+    Raises InputError when there is no room or no right to write; `path` is then what it was."""
     tmp = f"{path}.tmp"
-    write(tmp)
-    os.replace(tmp, path)
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as a RuntimeError
+        Path(tmp).unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be written ({reason}); what was there before is kept: make room, then go on with --resume") from None
 
 
 def write_json(path, value):
@@ -252,11 +357,157 @@ def load_checkpoint(path):
             continue
         for name in damaged:
             print(f"warning: {name} is damaged (now {name}.damaged); going on from {candidate}", flush=True)
-            os.replace(name, f"{name}.damaged")
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(name, f"{name}.damaged")
         return state
     if damaged:
         raise InputError(f"checkpoint {' and '.join(damaged)} cannot be read: delete the file and start again without --resume")
     return None
+
+
+stop = threading.Event()  # set by SIGTERM, a cluster's pre-emption: the run writes a checkpoint and exits with code 4
+EXIT_STOPPED = 4
+
+
+def run_script(main):
+    """Call main() as a script: SIGTERM sets `stop`; bad input is one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        main()
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def stop_at_once():
+    """From here on SIGTERM ends the process as it does by default."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def join_processes(device_name):
+    """(device, rank, world): under torchrun this process's place among `world`, joined through NCCL (CUDA) or gloo (CPU); else 0 of 1.
+    All processes but the first fall silent on stdout. Raises InputError as pick_device."""
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
+    if world > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        return device, 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return device, dist.get_rank(), world
+
+
+class Replay:
+    """A training step that a GPU replays as one CUDA graph: small networks wait for the host to launch their kernels otherwise.
+
+    step(x, y, numbers, variant): everything it reads and writes beside x, y and the numbers (floats, a 1-d tensor on the device when
+    replayed) must stay in place. After three plain calls a graph is captured, and again when the variant changes; batches of another shape
+    are plain calls. With enabled=False, and so on the CPU, every call is plain and the numbers stay floats.
+    """
+
+    def __init__(self, step, enabled):
+        self.step, self.enabled, self.calls, self.graph, self.key = step, enabled, 0, None, None
+
+    def __call__(self, x, y, numbers, variant=None):
+        if not self.enabled:
+            return self.step(x, y, numbers, variant)
+        numbers = torch.tensor(numbers, pin_memory=True).to(x.device, non_blocking=True)
+        key, self.calls = (x.shape, variant), self.calls + 1
+        if self.calls <= 3 or (self.graph is not None and x.shape != self.key[0]):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.step(x, y, numbers, variant)
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if key != self.key:
+            self.key, self.inputs, self.graph = key, (x.clone(), y.clone(), numbers.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step(*self.inputs, variant)
+        for kept, new in zip(self.inputs, (x, y, numbers)):
+            kept.copy_(new)
+        self.graph.replay()
+
+
+def random_state(device):
+    """State of torch's generators, of the CPU and the device, for a checkpoint."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_random_state(states, device):
+    """Go on from `random_state`; a checkpoint of another kind of device leaves the device's generator alone."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def check_size(model, arch, side):
+    """Raise InputError when the network cannot take images of side x side pixels."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"--arch {arch} cannot take images of {side} pixels ({str(error).splitlines()[0]}); give another --arch or --size") from None
+
+
+def all_sum(tensor, world):
+    """The sum of `tensor` over all processes, in place; returns it."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def should_stop(world, device):
+    """True on every process when SIGTERM has come to any of them."""
+    if world == 1:
+        return stop.is_set()
+    return bool(all_sum(torch.tensor(float(stop.is_set()), device=device), world))
+
+
+class WholeBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose batch statistics are those of all processes' images, on any backend (nn.SyncBatchNorm knows CUDA alone)."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # with a gradient
+        x32 = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        local = torch.cat([x32.sum((0, 2, 3)), x32.square().sum((0, 2, 3)), x32.new_tensor([x.numel() / x.shape[1]])])
+        total, squares, n = all_reduce(local).split([self.num_features, self.num_features, 1])
+        mean = total / n
+        var = (squares / n - mean.square()).clamp_min(0)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(x32)
+                self.running_mean.lerp_(mean, factor)
+                self.running_var.lerp_(var * n / (n - 1), factor)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return torch.addcmul((self.bias - mean * scale).view(1, -1, 1, 1), x32, scale.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def share_batchnorm(model, world, device):
+    """Let BatchNorm see the whole batch of all processes: a network trains alike whatever their number. Same keys; returns the model."""
+    if world > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for m in model.modules():
+        if world > 1 and type(m) is nn.BatchNorm2d:
+            m.__class__ = WholeBatchNorm
+    return model
+
+
+def distribute(model, world, device):
+    """The model, wrapped in DistributedDataParallel when there are several processes (gradients are averaged over them)."""
+    if world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
 def pick_device(name):
@@ -290,12 +541,88 @@ def keep_memory():
         pass  # not glibc: nothing to set
 
 
+def clock(device):
+    """Seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flops(model, size):
+    """Floating-point operations of one image of size x size pixels, 2 a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    return counter.get_total_flops()
+
+
+def random_batch(n, size, num_classes, device):
+    """Made-up images (float n x 3 x size x size, channels_last) and labels, to time steps on."""
+    x = torch.randn(n, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    return x, torch.randint(num_classes, (n,), device=device)
+
+
+def peak_memory(fn, device):
+    """Bytes that calling fn() adds at its peak: allocated on a GPU, resident on Linux; None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        import ctypes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what earlier calls left, then forget their peak
+        Path("/proc/self/clear_refs").write_text("5")
+        resident = lambda key: next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(key))
+        before = resident("VmRSS")
+        fn()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def measure(calls, device, rounds=5):
+    """{name: (images/s, peak bytes or None)} of calls {name: (fn, images it processes)}. The calls take turns, so that a machine that
+    slows down slows all of them; after a warm-up round, the median of `rounds`."""
+    for fn, _ in calls.values():
+        fn()
+    peaks = {name: peak_memory(fn, device) for name, (fn, _) in calls.items()}
+    times = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, (fn, _) in calls.items():
+            start = clock(device)
+            fn()
+            times[name].append(clock(device) - start)
+    return {name: (images / sorted(times[name][1:])[rounds // 2], peaks[name]) for name, (_, images) in calls.items()}
+
+
+def report_bench(measured, ratios, arch, device, note):
+    """Print a table of `measure` and the ratios of it, [(label, name, reference, limit as text)], and add it to runs/bench/DEVICE.json."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{arch}, {kind}, {note}, torch {torch.__version__}")
+    for name, (rate, peak) in measured.items():
+        print(f"  {name:16}{rate:12,.0f} images/s" + (f"{peak / 2 ** 20:10,.0f} MiB at the peak" if peak is not None else ""))
+    for label, name, reference, limit in ratios:
+        print(f"  {label:74}{measured[name][0] / measured[reference][0]:7.3f}   ({limit})")
+    path = Path("runs/bench") / f"{kind.replace(' ', '_').replace('/', '_')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    entry = known.setdefault(arch, {"peak_mib": {}})
+    entry |= {name: rate for name, (rate, _) in measured.items()}
+    entry |= {"note": note, "torch": torch.__version__, "git": git_commit()}
+    entry["peak_mib"] |= {name: peak and peak / 2 ** 20 for name, (_, peak) in measured.items()}
+    write_json(path, known)
+    print(f"  written to {path}")
+
+
 def main():
     """Print parameters, FLOPs and speed of one architecture."""
     parser = argument_parser("parameters, FLOPs and images/s of an architecture")
     parser.add_argument("--arch", default="resnet32")
     parser.add_argument("--num-classes", type=int, default=100)
-    parser.add_argument("--size", type=int, help="image side in pixels (default 32 for resnet32, else 224)")
+    parser.add_argument("--size", type=int, help="image side in pixels (default 32 for resnet20 .. resnet110, else 224)")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
@@ -303,15 +630,11 @@ def main():
     keep_memory()
     device = pick_device(args.device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device))
-    size = args.size or (32 if args.arch == "resnet32" else 224)
+    size = args.size or (32 if args.arch in CIFAR_DEPTHS else 224)
     model = build_model(args.arch, args.num_classes).to(device, memory_format=torch.channels_last)
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model(torch.zeros(1, 3, size, size, device=device))
-    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{flops.get_total_flops() / 1e6:,.1f} MFLOPs an image of {size} px (2 a multiply-add)")
-    x = torch.randn(args.batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    y = torch.randint(args.num_classes, (args.batch_size,), device=device)
+    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {flops(model, size) / 1e6:,.1f} MFLOPs an image of {size} px "
+          "(2 a multiply-add)")
+    x, y = random_batch(args.batch_size, size, args.num_classes, device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
     def forward():
@@ -319,32 +642,19 @@ def main():
             return model(x)
 
     def train():
+        model.train()
         optimizer.zero_grad()
         F.cross_entropy(forward().float(), y).backward()
         optimizer.step()
 
-    def seconds(fn, repeats=8):
-        times = []
-        for i in range(repeats + 3):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            fn()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return sorted(times[3:])[repeats // 2]
-
-    kind = f"{device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch_size}"
-    print(f"training {args.batch_size / seconds(train):,.0f} images/s ({kind})")
-    model.eval()
-    with torch.no_grad():
-        print(f"inference {args.batch_size / seconds(forward):,.0f} images/s ({kind})")
+    @torch.no_grad()
+    def infer():
+        model.eval()
+        forward()
+    measured = measure({"training": (train, len(x)), "inference": (infer, len(x))}, device)
+    for name, (rate, peak) in measured.items():
+        print(f"{name} {rate:,.0f} images/s ({device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch_size})")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -10,26 +10,40 @@ known at second hand; the paper's text was not at hand.
     python more_lt.py --dataset cifar100 --imb 100 --loss bsce --data-root data   CIFAR-100-LT on top of balanced softmax
     python more_lt.py --dataset cifar100 --imb 100 --loss bsce --no-more          the paired baseline
 """
+import argparse
 import math
+import os
 import sys
-import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, augment, channel_stats, class_groups,
-                     expected_calibration_error, group_accuracy, load_dataset, normalize, show)
-from models import (LowRank, add_low_rank, build_model, fast_bf16, general_only, git_commit, keep_memory, load_checkpoint, merge_low_rank,
-                    pick_device, save_checkpoint, write_atomic, write_json, write_log)
+from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, batches_in, channel_stats, default_workers,
+                     expected_calibration_error, group_accuracy, group_means, known_name,
+                     load_dataset, normalize, on_device, show, test_batches, training_batches)
+from models import (CIFAR_DEPTHS, EXIT_STOPPED, LowRank, Replay, add_low_rank, all_sum, build_model, check_size, clock, distribute, fast_bf16, flops, general_only,
+                    git_commit, join_processes, keep_memory, load_checkpoint, measure, merge_low_rank, random_batch, random_state, report_bench,
+                    run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, write_atomic, write_json, write_log)
+
+CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's, in 0..255
 
 RECIPES = {
     "cifar10": dict(arch="resnet32", epochs=200, lr=0.05, batch_size=256, aug="strong"),
     "cifar100": dict(arch="resnet32", epochs=200, lr=0.05, batch_size=256, aug="strong"),
-    "synth": dict(arch="resnet32", epochs=24, lr=0.1, batch_size=32, aug="basic"),
+    "imagenet_lt": dict(arch="resnet50", epochs=200, lr=0.02, batch_size=256, aug="strong"),
+    "places_lt": dict(arch="resnet152", epochs=200, lr=0.02, batch_size=256, aug="strong", pretrained=True),
+    "inat18": dict(arch="resnet50", epochs=200, lr=0.02, batch_size=256, aug="strong"),
+    "synth": dict(arch="resnet32", epochs=12, lr=0.05, batch_size=32, aug="basic", amplitude=0.2),
+    "synth_mlt": dict(arch="resnet32", epochs=16, lr=0.05, batch_size=32, aug="basic", amplitude=0.2),
     "folder": dict(arch="resnet50", epochs=200, lr=0.02, batch_size=256, aug="strong"),
+    "voc_mlt": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
+    "coco_mlt": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
+    "miml": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
+    "nuswide_scene": dict(arch="resnet50", epochs=40, lr=0.02, batch_size=32, aug="strong", pretrained=True),
+    "clip": dict(epochs=20, lr=1e-5, batch_size=64, aug="basic"),  # whatever the dataset; AdamW
 }
 
 
@@ -40,20 +54,30 @@ def sinusoidal_weight(step, total, amplitude):
     return amplitude * math.sin(math.pi * step / total)
 
 
-def more_loss(full, general, prior, target, discrepancy="l2"):
+def discrepancies(full, general, kind="l2", multi_label=False):
+    """D by logit, n x K; an image's discrepancy is the sum over its row. full, general: n x K logits of W_g + B A and of W_g.
+    "l2": squared difference; "mse": the same over K, a mean over the logits. "kl": p log(p / q) of the two softmaxes, or of the two coins of
+    each label."""
+    if kind in ("l2", "mse"):
+        return (full - general).square() / (full.shape[1] if kind == "mse" else 1)
+    if multi_label:
+        p, q = full.sigmoid(), [F.logsigmoid(s * general) for s in (1, -1)]
+        return p * (F.logsigmoid(full) - q[0]) + (1 - p) * (F.logsigmoid(-full) - q[1])
+    return F.kl_div(general.log_softmax(1), full.log_softmax(1), log_target=True, reduction="none")
+
+
+def more_loss(full, general, prior, target, discrepancy="l2", prior_weight="sample"):
     """Mean over the batch of prior(y) x discrepancy of the two passes' logits, without the schedule; a scalar.
 
-    full, general: n x K logits of W_g + B A and of W_g. prior: (K,) class frequencies. target: int (n,).
-    "l2": squared l2 distance of the logits; "kl": KL(softmax(full) || softmax(general)).
+    full, general: n x K. prior: (K,) class frequencies. target: int (n,), or 0/1 n x K with several labels an image: an image's weight is
+    then the mean prior of its labels ("sample"), or each logit's difference is weighted by its own class's prior ("class").
     """
-    return (prior[target] * discrepancies(full, general, discrepancy)).mean()
-
-
-def discrepancies(full, general, kind="l2"):
-    """Discrepancy of each image, (n,)."""
-    if kind == "l2":
-        return (full - general).square().sum(1)
-    return F.kl_div(general.log_softmax(1), full.log_softmax(1), log_target=True, reduction="none").sum(1)
+    terms = discrepancies(full, general, discrepancy, target.dim() == 2)
+    prior = prior.to(terms)
+    if target.dim() == 2 and prior_weight == "class":
+        return (terms @ prior).mean()
+    weight = prior[target] if target.dim() == 1 else target.to(terms) @ prior / target.sum(1).clamp_min(1)
+    return (weight * terms.sum(1)).mean()
 
 
 def balanced_softmax(logits, target, counts):
@@ -62,118 +86,223 @@ def balanced_softmax(logits, target, counts):
 
 
 def focal_loss(logits, target, gamma=2.0):
-    """Mean of (1 - p_y)^gamma * CE (Lin et al., ICCV 2017)."""
+    """Mean of (1 - p_y)^gamma * CE (Lin et al., ICCV 2017). target: int (n,), or 0/1 n x K with a coin for each label."""
+    if target.dim() == 2:
+        ce = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
+        return ((1 - (-ce).exp()) ** gamma * ce).mean()
     ce = F.cross_entropy(logits, target, reduction="none")
     return ((1 - (-ce).exp()) ** gamma * ce).mean()
 
 
 def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
     """Label-distribution-aware margins, N_c^(-1/4) with the largest max_margin (Cao et al., NeurIPS 2019), on a plain linear head:
-    the margin is taken off the true class's logit and nothing is scaled. weight: (K,) class weights for the deferred re-weighting."""
+    the margin is taken off the true class's logit and nothing is scaled. weight: (K,) class weights for the deferred re-weighting, of mean
+    1 over the training images (its code divides by the batch's own mean)."""
     counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device)
-    margins = counts ** -0.25
+    margins = counts.clamp_min(1) ** -0.25
     margins = margins * (max_margin / margins.max())
-    return F.cross_entropy(logits - F.one_hot(target, len(counts)) * margins, target, weight=weight)
+    ce = F.cross_entropy(logits - F.one_hot(target, len(counts)) * margins, target, reduction="none")
+    return (ce if weight is None else weight[target] * ce).mean()
 
 
 def effective_weights(counts, beta=0.9999):
-    """Class weights (1 - beta) / (1 - beta^N_c), mean 1, float array (K,) (Cui et al., CVPR 2019): LDAM-DRW's re-weighting."""
-    weights = (1 - beta) / (1 - beta ** np.asarray(counts, dtype=np.float64))
-    return weights / weights.mean()
+    """Class weights (1 - beta) / (1 - beta^N_c), float array (K,) (Cui et al., CVPR 2019): LDAM-DRW's re-weighting. Their mean over the
+    images, weighted by counts (K,), is 1."""
+    counts = np.maximum(np.asarray(counts, dtype=np.float64), 1)
+    weights = (1 - beta) / (1 - beta ** counts)
+    return weights * counts.sum() / (weights * counts).sum()
 
 
-def base_loss(kind, logits, target, counts, deferred=None):
-    """The loss MORE is put on: ce, bsce, ldam (deferred: class weights once the re-weighting has begun) or focal."""
+def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
+    """Asymmetric loss (Ridnik et al., ICCV 2021, eq. 7), the mean over n x K: positives -(1 - p)^gamma_pos log p, negatives
+    -q^gamma_neg log(1 - q) with q = max(p - margin, 0). target: 0/1 n x K. (Its code sums where this takes the mean.)"""
+    p = logits.sigmoid()
+    q = (p - margin).clamp_min(0)
+    positive = (1 - p) ** gamma_pos * F.logsigmoid(logits)
+    negative = q ** gamma_neg * torch.log1p(-q.clamp_max(1 - 1e-7))
+    return -torch.where(target > 0, positive, negative).mean()
+
+
+def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10.0, mu=0.3, kappa=0.05, scale=5.0, gamma=2.0):
+    """Distribution-balanced loss (Wu et al., ECCV 2020), the mean over n x K; the values are its code's for VOC-MLT.
+
+    Re-balanced weight: r = (1 / N_k) / sum over the image's labels of 1 / N_j, smoothed to alpha + sigmoid(beta (r - mu)).
+    Negative-tolerant logits: z - nu_k, nu_k = kappa log(total / N_k - 1) / scale, for negatives times scale and their loss over it.
+    gamma > 0 makes it its focal form, which the code doubles. target: 0/1 n x K; counts: (K,); total: training images.
+    """
+    counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device).clamp_min(1)
+    y = target.to(logits)
+    r = (1 / counts) / (y @ (1 / counts)).clamp_min(1e-12)[:, None]
+    weight = alpha + torch.sigmoid(beta * (r - mu))
+    nu = kappa * torch.log((total / counts - 1).clamp_min(1e-6)) / scale
+    z = (logits - nu) * torch.where(y > 0, 1.0, scale)
+    ce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+    focal = 2 * (1 - (-ce).exp()) ** gamma if gamma > 0 else 1.0
+    return (focal * weight * ce * torch.where(y > 0, 1.0, 1 / scale)).mean()
+
+
+def average_precision(scores, targets):
+    """Average precision of each class, (K,) in 0..1, NaN where a class has no positive: the sum over thresholds of precision times the
+    gain in recall, images of equal score counted together (scikit-learn's definition). scores: float N x K; targets: 0/1 N x K."""
+    ordered, order = scores.sort(0, descending=True)
+    hits = targets.gather(0, order).double()
+    rank = torch.arange(1, len(scores) + 1, dtype=torch.double, device=scores.device)[:, None]
+    ends = torch.ones_like(ordered, dtype=torch.bool)
+    ends[:-1] = ordered[:-1] != ordered[1:]  # the last image of each run of equal scores
+    precision = torch.where(ends, hits.cumsum(0) / rank, -1.0)
+    at = torch.where(ends, rank.long() - 1, len(scores)).flip(0).cummin(0).values.flip(0)  # each image's end of run
+    return (precision.gather(0, at) * hits).sum(0) / hits.sum(0)
+
+
+def f1_scores(scores, targets):
+    """(OF1, CF1) in percent of the labels with a positive logit: F1 of all decisions together, and of the mean precision and recall of the
+    classes. scores: logits N x K; targets: 0/1 N x K."""
+    chosen, truth = scores > 0, targets > 0
+    hit, said, there = (v.double().sum(0) for v in (chosen & truth, chosen, truth))
+    cp, cr = (hit / said.clamp_min(1)).mean(), (hit / there.clamp_min(1)).mean()
+    return float(200 * hit.sum() / (said.sum() + there.sum())), float(200 * cp * cr / (cp + cr).clamp_min(1e-12))
+
+
+SINGLE, MULTI = ("ce", "bsce", "ldam", "focal"), ("bce", "focal", "asl", "db")  # losses for one label an image, and for several
+
+
+DB_COCO = dict(mu=0.2, scale=2.0)  # the values that Wu et al.'s code has for COCO-MLT
+
+
+def base_loss(kind, logits, target, counts, deferred=None, total=None, db={}):
+    """The loss MORE is put on: ce, bsce, ldam (deferred: class weights once the re-weighting has begun), focal; bce, asl or db (total:
+    training images; db: other values than VOC-MLT's) for 0/1 targets n x K."""
     if kind == "bsce":
         return balanced_softmax(logits, target, counts)
     if kind == "ldam":
         return ldam_loss(logits, target, counts, weight=deferred)
-    return focal_loss(logits, target) if kind == "focal" else F.cross_entropy(logits, target)
+    if kind == "focal":
+        return focal_loss(logits, target)
+    if kind == "asl":
+        return asymmetric_loss(logits, target)
+    if kind == "db":
+        return distribution_balanced_loss(logits, target, counts, total, **db)
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits)) if kind == "bce" else F.cross_entropy(logits, target)
 
 
-# --------------------------------------------------------------------------------------------------- batches and predictions
+# ------------------------------------------------------------------------------------------------------------------- predictions
 
-def batches(env, indices, key):
-    """Augmented training batches (x float n x 3 x H x W, y int (n,)) in the order of `indices`; `key` fixes the augmentation."""
-    rng, size = np.random.default_rng(key), env.args.batch_size
-    indices = torch.from_numpy(indices).to(env.device)
-    if len(indices) > size and len(indices) % size == 1:
-        indices = indices[:-1]  # BatchNorm cannot train on a single image
-    for chunk in indices.split(16 * size):
-        x = augment(env.images[chunk].permute(0, 3, 1, 2), rng, env.args.aug)
-        for xb, yb in zip(x.split(size), env.labels[chunk].split(size)):
-            yield normalize(xb, env.mean, env.std), yb
+class TwoPasses(torch.nn.Module):
+    """x -> (logits of W_g + B A, logits of W_g or None), as one forward: what DistributedDataParallel can wrap."""
 
+    def __init__(self, model, detach_general=False):
+        super().__init__()
+        self.model, self.detach_general = model, detach_general
+        drops = (torch.nn.modules.dropout._DropoutNd, torch.nn.MultiheadAttention, torchvision.ops.StochasticDepth)
+        self.random = any(isinstance(m, drops) for m in model.modules())
 
-def logits_of(model, x, env):
-    """Forward pass in the run's precision; float32 logits."""
-    with torch.autocast(env.device.type, torch.bfloat16, enabled=env.bf16):
-        return model(x).float()
+    def forward(self, x, both):
+        with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=both and self.random):  # both passes drop the same units
+            full = self.model(x)
+        if not both:
+            return full, None
+        with general_only(self.model), torch.set_grad_enabled(not self.detach_general):
+            return full, self.model(x)
 
 
 @torch.no_grad()
 def predict(model, images, env):
-    """Logits N x K on the device. images: uint8 array N x H x W x 3."""
+    """Logits N x K on the device. images: uint8 array N x H x W x 3, or ImageFiles. Processes share the work."""
     model.eval()
-    return torch.cat([logits_of(model, normalize(torch.from_numpy(part).to(env.device).permute(0, 3, 1, 2), env.mean, env.std), env)
-                      for part in np.array_split(images, math.ceil(len(images) / 512))])
+    out = torch.zeros(len(images), env.num_classes, device=env.device)
+    for start, x in test_batches(images, env.device, env.rank, env.world, env.args.workers, env.crop):
+        with torch.autocast(env.device.type, torch.bfloat16, enabled=env.bf16):
+            out[start:start + len(x)] = model(normalize(x, env.mean, env.std)).float()
+    return all_sum(out, env.world)
 
 
 def evaluate(logits, split, env):
-    """group_accuracy and ECE of N x K logits on a split."""
-    acc = group_accuracy(logits.argmax(1).cpu(), split.labels, env.counts)
-    return acc | {"ece": expected_calibration_error(logits.softmax(1), torch.from_numpy(split.labels).to(logits.device))}
+    """By group, per class and ECE: top-1 accuracy; with several labels an image average precision (their mean is mAP), OF1 and CF1."""
+    labels = torch.from_numpy(split.labels).to(logits.device)
+    if labels.dim() == 1:
+        acc = group_accuracy(logits.argmax(1).cpu(), split.labels, env.counts)
+        return acc | {"ece": expected_calibration_error(logits.softmax(1), labels)}
+    ap = (100 * average_precision(logits, labels)).cpu().numpy()
+    of1, cf1 = f1_scores(logits, labels)
+    return group_means(ap, env.groups) | {"per_class": [None if math.isnan(v) else float(v) for v in ap], "ece": None, "of1": of1, "cf1": cf1}
 
 
-def clock(device):
-    """Seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+@torch.no_grad()
+def discrepancy_by_group(model, split, env):
+    """Mean discrepancy of the two passes by class group on a split, {"many", "medium", "few", "all"}; to be asked in fp32, since bf16's
+    rounding is larger than a small B A."""
+    full = predict(model, split.images, env)
+    with general_only(model):
+        general = predict(model, split.images, env)
+    apart = discrepancies(full, general, env.args.discrepancy, split.labels.ndim == 2).sum(1)
+    labels = torch.from_numpy(split.labels).to(full.device)
+    truth = F.one_hot(labels, env.num_classes).float() if labels.dim() == 1 else labels.float()
+    return group_means((truth.T @ apart / truth.sum(0)).cpu().numpy(), env.groups)
 
 
 # ------------------------------------------------------------------------------------------------------------------- training
 
-def train(model, optimizer, rate, data, first_step, env):
-    """One epoch: full pass, general pass, base loss + a(t) x discrepancy. Returns sums on the device: base loss, discrepancy loss, and
-    (3, K): drawn, correct, discrepancy per class. rate: learning rate of each step."""
-    args = env.args
-    model.train()
-    sums = torch.zeros(2, device=env.device)
-    tally = torch.zeros(3, env.num_classes, device=env.device)
-    for step, ((x, y), lr) in enumerate(zip(data, rate), first_step):
+def make_step(optimizer, env):
+    """One step: full pass, general pass, base loss + a x discrepancy; step(x, y, (share, learning rate, a), deferred). It adds to step.sums
+    (5, K): images drawn, correct (of several labels: found) and discrepancy by class; base loss and discrepancy loss times images, the same
+    in the whole row. deferred: whether the deferred re-weighting of ldam has begun."""
+    args, sums = env.args, torch.zeros(5, env.num_classes, device=env.device)
+    both = not args.no_more and args.amplitude > 0
+
+    def step(x, y, numbers, deferred):
+        share, lr, weight = numbers
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        full = logits_of(model, x, env)
-        deferred = env.deferred if step >= 0.8 * env.total_steps else None  # LDAM-DRW: the last fifth
-        base = base_loss(args.loss, full, y, env.counts_t, deferred)
-        loss, extra = base, torch.zeros_like(base)
-        if not args.no_more and args.amplitude > 0:
-            amplitude = args.amplitude * env.num_classes  # A = A' C
-            with general_only(model), torch.set_grad_enabled(not args.detach_general):
-                general = logits_of(model, x, env)
-            extra = more_loss(full, general, env.prior, y, args.discrepancy)
-            loss = base + extra * (sinusoidal_weight(step, env.total_steps, amplitude) if args.schedule == "sin" else amplitude)
-            with torch.no_grad():
-                tally[2].index_add_(0, y, discrepancies(full, general, args.discrepancy))
+        with torch.autocast(env.device.type, torch.bfloat16, enabled=env.bf16):
+            full, general = env.network(x, both)
+        full = full.float()
+        loss = base = base_loss(args.loss, full, y, env.counts_t, env.deferred if deferred else None, env.num_images, env.db)
+        extra, apart = torch.zeros_like(base), torch.zeros_like(full[:, 0])
+        if both:
+            general = general.float()
+            extra = more_loss(full, general, env.prior, y, args.discrepancy, args.prior_weight)
+            loss = base + weight * extra
+            apart = discrepancies(full.detach(), general.detach(), args.discrepancy, y.dim() == 2).sum(1)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * share).backward()
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
-            sums += torch.stack([base.detach(), extra.detach()]) * len(y)
-            tally[0].index_add_(0, y, torch.ones_like(y, dtype=torch.float32))
-            tally[1].index_add_(0, y, (full.argmax(1) == y).float())
-    return sums, tally
+            truth = F.one_hot(y, env.num_classes).float() if y.dim() == 1 else y.float()
+            right = (full.argmax(1) == y).float()[:, None] if y.dim() == 1 else (full > 0).float()
+            sums.add_(torch.stack([truth.sum(0), (truth * right).sum(0), (truth * apart[:, None]).sum(0),
+                                   base.expand(env.num_classes) * len(y), extra.expand(env.num_classes) * len(y)]))
+    step.sums = sums
+    possible = env.device.type == "cuda" and env.world == 1 and env.bf16 and args.optimizer == "sgd" and not getattr(env.network, "random", False)
+    step.replay = Replay(step, enabled=possible)
+    return step
+
+
+def train(model, step, rate, data, first, env):
+    """Steps over `data`, batches of (x, y, share), from step `first` of the whole training on, at the learning rates `rate`. Returns
+    (step.sums of these steps, steps done). Ends early when the run is told to stop."""
+    model.train()
+    step.sums.zero_()
+    done, peak = 0, env.args.amplitude * env.num_classes  # A = A' C
+    for now, ((x, y, share), lr) in enumerate(zip(data, rate), first):
+        weight = sinusoidal_weight(now, env.total_steps, peak) if env.args.schedule == "sin" else peak
+        step.replay(x, y, (share, lr, weight), env.args.loss == "ldam" and now >= 0.8 * env.total_steps)  # LDAM-DRW: the last fifth
+        done += 1
+        if (env.world == 1 or done % 16 == 0) and should_stop(env.world, env.device):
+            break
+    return step.sums.clone(), done
 
 
 def make_optimizer(model, args):
-    """SGD with momentum 0.9; the low-rank factors have a rate scale and a weight decay of their own."""
+    """SGD with momentum 0.9, or AdamW; the low-rank factors have a rate scale and a weight decay of their own."""
     factors = [p for m in model.modules() if isinstance(m, LowRank) for p in (m.A, m.B)]
     known = {id(p) for p in factors}
     groups = [{"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": args.weight_decay, "scale": 1.0}]
     if factors:
         groups.append({"params": factors, "weight_decay": args.low_rank_decay, "scale": args.low_rank_lr})
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, foreach=True)
+    fused = next(model.parameters()).is_cuda  # takes its rate from the device, as a CUDA graph needs it
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=fused, foreach=not fused)
 
 
 @torch.no_grad()
@@ -201,7 +330,7 @@ def draw_figures(log, out):
     left.plot(epochs, [r["weight"] for r in log])
     left.set_title("weight of the discrepancy loss")
     for g in GROUPS:
-        right.plot(epochs, [r[f"discrepancy_{g}"] or math.nan for r in log], label=g)
+        right.plot(epochs, [math.nan if r[f"discrepancy_{g}"] is None else r[f"discrepancy_{g}"] for r in log], label=g)
     right.set_title("discrepancy of full and general pass")
     right.legend()
     for axis in (left, right):
@@ -220,55 +349,64 @@ def parse_args(argv=None):
     parser.add_argument("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment, Cutout")
     model = parser.add_argument_group("model and optimiser; what shows no default has one by dataset, in RECIPES")
     model.add_argument("--arch", help="resnet32, resnet50, resnet152 or another torchvision classifier")
-    model.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
-    model.add_argument("--loss", choices=["ce", "bsce", "ldam", "focal"], default="ce", help="base loss (default %(default)s)")
+    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's ImageNet weights (places_lt and the multi-label datasets do)")
+    model.add_argument("--weights", metavar="FILE", help="start from the weights in this file (a last layer of another shape starts afresh)")
+    model.add_argument("--loss", choices=sorted({*SINGLE, *MULTI}), help=f"base loss: {', '.join(SINGLE)}; several labels an image: {', '.join(MULTI)} (default ce, bce)")
+    model.add_argument("--sampling", choices=["natural", "class-aware"], default="natural", help="class-aware: a class at random, then an image of it (default %(default)s)")
+    model.add_argument("--head", choices=["linear", "text"], default="linear", help="clip: the head starts at random, or at the class names' text features")
+    model.add_argument("--optimizer", choices=["sgd", "adamw"], help="(default sgd; clip: adamw)")
     model.add_argument("--epochs", type=int)
     model.add_argument("--lr", type=float, help="cosine to 0")
     model.add_argument("--batch-size", type=int)
     model.add_argument("--weight-decay", type=float, default=5e-4, help="(default %(default)s)")
     method = parser.add_argument_group("method")
     method.add_argument("--no-more", action="store_true", help="the base loss alone, on plain weights: the paired baseline")
-    method.add_argument("--amplitude", type=float, default=2.0, help="A', times the number of classes; 0: decomposition alone (default %(default)s)")
+    method.add_argument("--amplitude", type=float, help="A', times the number of classes the peak weight; 0: decomposition alone (2; synth: 0.2)")
     method.add_argument("--rank-ratio", type=float, default=0.1, help="rank over the smaller side of a weight (default %(default)s)")
-    method.add_argument("--discrepancy", choices=["l2", "kl"], default="l2", help="(default %(default)s)")
+    method.add_argument("--discrepancy", choices=["l2", "mse", "kl"], default="mse",
+                        help="of the passes' logits: squared distance, the same as a mean over the logits, or KL (default %(default)s)")
+    method.add_argument("--prior-weight", choices=["sample", "class"], default="sample", help="several labels: an image's mean prior, or each logit's own (default %(default)s)")
     method.add_argument("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight (default %(default)s)")
     method.add_argument("--detach-general", action="store_true", help="no gradient through the general pass: cheaper")
-    method.add_argument("--low-rank-decay", type=float, default=5e-4, help="weight decay of A and B (default %(default)s)")
+    method.add_argument("--low-rank-init", choices=["zero", "svd", "random"], default="zero", help="start of B A (default %(default)s)")
+    method.add_argument("--low-rank-only", default="", metavar="REGEX", help="only in layers whose name contains this (default: in all)")
+    method.add_argument("--low-rank-decay", type=float, default=0.0, help="weight decay of A and B; any keeps B A at zero (default %(default)s)")
     method.add_argument("--low-rank-lr", type=float, default=1.0, help="rate of A and B over that of the rest (default %(default)s)")
     system = parser.add_argument_group("system")
     system.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
+    system.add_argument("--bench", action="store_true", help="time the steps of --arch instead, on made-up images")
     system.add_argument("--out", help="folder of the run (default runs/NAME)")
     system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     system.add_argument("--export", action="store_true", help="write the merged network as a plain state dict, merged.pt")
     args = parser.parse_args(argv)
 
-    recipe = RECIPES.get(args.dataset, RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
+    recipe = {"pretrained": False, "optimizer": "sgd", "amplitude": 2.0} | RECIPES.get(known_name(args.dataset), RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
+    if (args.arch or "").startswith("clip:"):
+        recipe |= RECIPES["clip"] | {"optimizer": "adamw"}
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.imb is None and args.imb_type != "keep":
-        args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}.get(args.dataset)
+    if args.imb is None:
+        args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0, "synth_mlt": 60.0}.get(args.dataset)
     for flag, least in (("epochs", 1), ("lr", 1e-12), ("batch_size", 2), ("weight_decay", 0), ("amplitude", 0), ("low_rank_decay", 0),
-                        ("low_rank_lr", 0), ("seed", 0), ("split_seed", 0)):
+                        ("low_rank_lr", 0), ("seed", 0), ("split_seed", 0), ("workers", 0)):
         value = getattr(args, flag)
         if not (value >= least and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be at least {least:g}")
     if not 0 < args.rank_ratio <= 1:
         raise InputError(f"--rank-ratio {args.rank_ratio:g}: must lie between 0 and 1")
-    if args.out is None:
-        name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if args.imb else "")
-        args.out = f"runs/{'base' if args.no_more else 'more'}_{args.loss}_{name}_{args.arch}_seed{args.seed}"
     return args
 
 
-FREE_FLAGS = {"resume", "out", "export", "device", "data_root"}  # may differ between a checkpoint and the run that goes on from it
+FREE_FLAGS = {"resume", "out", "export", "device", "data_root", "lists", "workers", "bench"}  # may differ between a checkpoint and the run that goes on from it
 
 
 def check_same_run(state, args, counts, path):
     """Raise InputError when a checkpoint is not this run's."""
-    if not isinstance(state, dict) or not {"args", "epoch", "counts", "report", "model", "optimizer"} <= set(state):
+    if not isinstance(state, dict) or not {"args", "epoch", "counts", "report", "model", "optimizer", "rng", "begun"} <= set(state):
         raise InputError(f"{path} is no checkpoint of this script; give another --out")
     for key in sorted(set(vars(args)) - FREE_FLAGS):
         if state["args"].get(key) != getattr(args, key):
@@ -278,46 +416,112 @@ def check_same_run(state, args, counts, path):
         raise InputError(f"{path} is of a run on other data: the training images per class differ; give another --out")
 
 
+def bench(args):
+    """Time, on made-up images, the plain step, MORE's two-pass step with and without --detach-general, and inference before and after
+    merging; compare parameters and FLOPs; print and write the ratios."""
+    if args.loss not in SINGLE or "WORLD_SIZE" in os.environ:
+        raise InputError("--bench: times one process with a loss for one label an image")
+    device = join_processes(args.device)[0]
+    keep_memory()
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    size, k, n = args.size or (32 if args.arch in CIFAR_DEPTHS else 224), 100, args.batch_size
+    steps = 8 if device.type == "cpu" else 32
+    counts = torch.arange(k, 0, -1, device=device).float()
+    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+                             num_classes=k, counts_t=counts, prior=counts / counts.sum(), deferred=None, total_steps=10 ** 9, num_images=None, db={})
+    plain, more = (build_model(args.arch, k).to(device, memory_format=torch.channels_last) for _ in range(2))
+    merged = build_model(args.arch, k).to(device, memory_format=torch.channels_last)
+    merged = merge_low_rank(add_low_rank(merged, args.rank_ratio))
+    cost = [(sum(p.numel() for p in m.parameters()), flops(m.eval(), size)) for m in (plain, merged)]
+    add_low_rank(more, args.rank_ratio, args.low_rank_init, args.low_rank_only)
+    x, y = random_batch(n, size, k, device)
+
+    def steps_of(model, **flags):
+        env_of = argparse.Namespace(**vars(env) | {"args": argparse.Namespace(**vars(args) | flags)})
+        env_of.network = TwoPasses(model, env_of.args.detach_general)
+        step = make_step(make_optimizer(model, args), env_of)
+        return lambda: train(model, step, [0.01] * steps, [(x, y, 1.0)] * steps, 0, env_of)[0].sum().item(), steps * n
+
+    @torch.no_grad()
+    def infer(model):
+        model.eval()
+        for _ in range(steps):
+            with torch.autocast(device.type, torch.bfloat16, enabled=env.bf16):
+                model(x)
+    measured = measure({
+        "bare": steps_of(plain, no_more=True), "more": steps_of(more, detach_general=False), "more_detached": steps_of(more, detach_general=True),
+        "infer_plain": (lambda: infer(plain), steps * n), "infer_merged": (lambda: infer(merged), steps * n)}, device)
+    report_bench(measured, [
+        ("a MORE step over the plain one, in time", "bare", "more", "at most 2.1"),
+        ("the same with --detach-general", "bare", "more_detached", "at most 1.45"),
+        ("inference merged over plain, in images/s", "infer_merged", "infer_plain", "1 but for noise")],
+        args.arch, device, f"{'bf16' if env.bf16 else 'fp32'}, batch {n}, {size} px")
+    print(f"  merged {cost[1][0]:,} parameters, {cost[1][1] / 1e6:,.1f} MFLOPs an image; plain {cost[0][0]:,}, {cost[0][1] / 1e6:,.1f}")
+
+
 def main(argv=None):
     """Decompose, train with two passes, merge, evaluate."""
     args, commit = parse_args(argv), git_commit()
-    device = pick_device(args.device)
+    if args.bench:
+        args.loss = args.loss or "ce"
+        return bench(args)
+    device, rank, world = join_processes(args.device)
+    if args.batch_size % world or world > max(1, args.batch_size // 4):
+        raise InputError(f"--batch-size {args.batch_size}: the batch of all {world} processes together must be a multiple of {world}, "
+                         "of 4 images a process or more")
     keep_memory()
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
 
     # ---- data
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size)
-    counts, groups = data.counts, class_groups(data.counts)
+    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
+    counts, groups = data.counts, data.groups
     print(f"{data.name} from {data.source}: {data.num_classes} classes, {len(data.train):,} train ({counts.max()}..{counts.min()} a class), "
           f"{len(data.val):,} val, {len(data.test):,} test; " + ", ".join(f"{len(c)} {g}" for g, c in groups.items()))
-    mean, std = (v.to(device) for v in channel_stats(data.train.images))
-    steps = math.ceil(len(data.train) / args.batch_size)
+    args.loss = args.loss or ("bce" if data.multi_label else "ce")
+    if args.loss not in (MULTI if data.multi_label else SINGLE):
+        raise InputError(f"--loss {args.loss}: {data.name} has {'several labels' if data.multi_label else 'one label'} an image; "
+                         f"take {', '.join(MULTI if data.multi_label else SINGLE)}")
+    if args.out is None:
+        name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if isinstance(args.imb, float) else "")
+        args.out = f"runs/{'base' if args.no_more else 'more'}_{args.loss}_{name}_{args.arch}_seed{args.seed}"
+    clip = args.arch.startswith("clip:")
+    if args.head == "text" and not (clip and (args.weights or args.pretrained) and data.class_names != [str(c) for c in range(data.num_classes)]):
+        raise InputError("--head text: needs --arch clip:..., real weights (--pretrained or --weights) and a dataset that knows its class names")
+    mean, std = (v.to(device) for v in (CLIP_STATS if clip else channel_stats(data.train.images)))
+    steps = batches_in(len(data.train), args.batch_size)
     prior = counts / counts.sum()
-    env = Namespace(
-        args=args, device=device, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
-        images=torch.from_numpy(data.train.images).to(device), labels=torch.from_numpy(data.train.labels).to(device), counts=counts,
-        num_classes=data.num_classes, mean=mean, std=std, total_steps=steps * args.epochs, prior=torch.tensor(prior, dtype=torch.float32, device=device),
-        counts_t=torch.tensor(counts, dtype=torch.float32, device=device),
+    images, labels = on_device(data.train.images, device), torch.from_numpy(data.train.labels).to(device)
+    env = argparse.Namespace(
+        args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+        counts=counts, groups=groups, num_classes=data.num_classes, num_images=len(data.train), db=DB_COCO if data.name == "coco_mlt" else {}, mean=mean, std=std,
+        total_steps=steps * args.epochs,
+        prior=torch.tensor(prior, dtype=torch.float32, device=device), counts_t=torch.tensor(counts, dtype=torch.float32, device=device),
         deferred=torch.tensor(effective_weights(counts), dtype=torch.float32, device=device))
 
     # ---- model: every weight W_g + B A, at the start exactly the plain network
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, data.num_classes, args.pretrained).to(device, memory_format=torch.channels_last)
+    model = build_model(args.arch, data.num_classes, args.weights or args.pretrained, args.size)
+    if args.head == "text":
+        model.text_head(data.class_names)
+    model = share_batchnorm(model, world, device).to(device, memory_format=torch.channels_last)
+    check_size(model, args.arch, data.side)
     if not args.no_more:
-        add_low_rank(model, args.rank_ratio)
+        add_low_rank(model.visual if clip else model, args.rank_ratio, args.low_rank_init, args.low_rank_only)
     optimizer = make_optimizer(model, args)
+    env.network = distribute(TwoPasses(model, args.detach_general), world, device)
+    step = make_step(optimizer, env)
     out = Path(args.out)
     print(f"{args.arch}, {'plain' if args.no_more else 'W_g + B A'}, {sum(p.numel() for p in model.parameters()):,} parameters in training; "
-          f"{args.loss}; {device}, {'bf16' if env.bf16 else 'fp32'}, batch {args.batch_size}, rate {args.lr:g}, seed {args.seed}, "
-          f"split seed {args.split_seed}; writes {out}", flush=True)
-    epoch, report = 0, {"log": [], "train_seconds": 0.0, "images": 0}
+          f"{args.loss}; {device}, {'bf16' if env.bf16 else 'fp32'}, batch {args.batch_size}{f' over {world} processes' if world > 1 else ''}, "
+          f"rate {args.lr:g}, seed {args.seed}, split seed {args.split_seed}; writes {out}", flush=True)
+    epoch, begun, report = 0, None, {"log": [], "shares": [], "train_seconds": 0.0, "images": 0}
     if args.resume and (state := load_checkpoint(out / "last.pt")) is not None:
         check_same_run(state, args, counts, out / "last.pt")
-        epoch, report = state["epoch"], state["report"]
+        epoch, report, begun = state["epoch"], state["report"], state["begun"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        set_random_state(state["rng"], device)
     elif args.resume:
         print(f"nothing to resume in {out}: starting from the beginning")
     elif list(out.glob("last.pt*")):
@@ -327,80 +531,107 @@ def main(argv=None):
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from None
 
+    def save(begun=None):
+        """begun: (steps done, sums, seconds) of an epoch that was cut short."""
+        if rank == 0:
+            save_checkpoint(out / "last.pt", {"args": vars(args), "epoch": epoch, "counts": counts.tolist(), "report": report, "begun": begun,
+                                              "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": random_state(device)})
+        if should_stop(world, device) or begun:  # the question first: it waits for the process that writes
+            print(f"stopped at epoch {epoch}: go on with --resume", flush=True)
+            sys.exit(EXIT_STOPPED)
+
     # ---- training
-    sampler = ClassSampler(data.train.labels, prior, len(data.train), args.seed)  # natural draws: a shuffle
+    classes = np.arange(len(data.train)) if args.sampling == "natural" else data.train.labels  # natural: every image is a class of its own, a shuffle
+    each = len(data.train) if args.sampling == "natural" else data.num_classes
+    sampler = ClassSampler(classes, np.full(each, 1 / each), len(data.train), args.seed)
     print(f"{'epoch':>8}{'loss':>8}{'discrep.':>10}{'|BA|/|W|':>9}   drawn:{'many':>6}{'medium':>8}{'few':>8}{'all':>8}   val:{'all':>6}{'img/s':>8}{'left':>10}")
     while epoch < args.epochs:
         start = clock(device)
         sampler.set_epoch(epoch)
-        first = epoch * steps
-        rate = [args.lr * (0.5 + 0.5 * math.cos(math.pi * s / env.total_steps)) for s in range(first, first + steps)]
-        sums, tally = train(model, optimizer, rate, batches(env, sampler.indices(), [args.seed, epoch]), first, env)
+        first, before, earlier = begun or (0, torch.zeros(5, env.num_classes), 0.0)
+        begun, now = None, epoch * steps
+        rate = [args.lr * (0.5 + 0.5 * math.cos(math.pi * s / env.total_steps)) for s in range(now, now + steps)]
+        batches = training_batches(images, labels, sampler.indices(), args.batch_size, args.aug, [args.seed, epoch], mean, std, first, rank, world,
+                                   args.workers, data.crop)
+        sums, done = train(model, step, rate[first:], batches, now + first, env)
+        sums = all_sum(sums, world) + before.to(device)
         if not torch.stack([sums.sum(), *(p.sum() for p in model.parameters())]).isfinite().all():
-            print(f"error: the loss became {sums.sum().item()} in epoch {epoch + 1}; the last checkpoint is kept: lower --lr or --amplitude "
-                  "and start again, or look at the data", file=sys.stderr)
+            if rank == 0:
+                print(f"error: the loss became {sums[3:, 0].sum().item()} or a weight infinite in epoch {epoch + 1}; the last checkpoint is kept: lower --lr or --amplitude "
+                      "and start again, or look at the data", file=sys.stderr)
             sys.exit(3)
-        loss, extra = (sums / len(data.train)).tolist()
-        seconds = clock(device) - start
+        seconds = earlier + clock(device) - start
+        if first + done < steps:  # told to stop
+            save(begun=(first + done, sums, seconds))
+        drawn, correct, apart, loss, extra = sums.cpu().double().numpy()
+        n = np.where(drawn > 0, drawn, np.nan)
+        learned, gaps = group_means(100 * correct / n, groups), group_means(apart / n, groups)
         epoch += 1
         report["train_seconds"] += seconds
         report["images"] += len(data.train)
-        drawn, correct, apart = tally.cpu().double().numpy()
-        by_group = {g: float(100 * (correct[c] / np.maximum(drawn[c], 1)).mean()) if len(c) else None for g, c in (groups | {"all": np.arange(len(counts))}).items()}
-        gaps = {g: float((apart[c] / np.maximum(drawn[c], 1)).mean()) if len(c) else None for g, c in groups.items()}
         val = None
         if len(data.val) and (epoch % 10 == 0 or epoch == args.epochs):
             val = evaluate(predict(model, data.val.images, env), data.val, env)["all"]
-        share = list(low_rank_share(model).values())
-        left = (args.epochs - epoch) * len(data.train) * report["train_seconds"] / report["images"]
-        weight = sinusoidal_weight(first, env.total_steps, args.amplitude * env.num_classes) if args.schedule == "sin" else args.amplitude * env.num_classes
-        report["log"].append({"epoch": epoch, "loss": loss, "discrepancy_loss": extra, "weight": 0.0 if args.no_more else weight, "lr": rate[0],
-                              "low_rank_share": float(np.mean(share)) if share else 0.0, **{f"drawn_{g}": v for g, v in by_group.items()},
-                              **{f"discrepancy_{g}": v for g, v in gaps.items()}, "val_all": val, "images_per_second": len(data.train) / seconds})
-        print(f"{epoch:>4}/{args.epochs:<4}{loss:7.3f}{extra:10.5f}{np.mean(share) if share else 0:9.4f}{'':7}" + "".join(f"{show(by_group[g]):>8}" for g in (*GROUPS, "all"))
-              + f"{'':6}{show(val):>7}{len(data.train) / seconds:8.0f}{left / 60:6.1f} min", flush=True)
-        save_checkpoint(out / "last.pt", {"args": vars(args), "epoch": epoch, "counts": counts.tolist(), "report": report, "model": model.state_dict(),
-                                          "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
-        write_log(out / "log.csv", report["log"])
+        share = low_rank_share(model)
+        left = (args.epochs - epoch) * report["train_seconds"] / epoch
+        peak = args.amplitude * env.num_classes * (not args.no_more)
+        row = {"epoch": epoch, "loss": float(loss[0] / len(data.train)), "discrepancy_loss": float(extra[0] / len(data.train)),
+               "weight": sinusoidal_weight(now, env.total_steps, peak) if args.schedule == "sin" else peak, "lr": rate[0],
+               "low_rank_share": float(np.mean(list(share.values()) or [0.0])), **{f"drawn_{g}": v for g, v in learned.items()},
+               **{f"discrepancy_{g}": gaps[g] for g in GROUPS}, "val_all": val, "images_per_second": len(data.train) / seconds}
+        report["log"].append(row)
+        report["shares"].append({"epoch": epoch} | share)
+        print(f"{epoch:>4}/{args.epochs:<4}{row['loss']:7.3f}{row['discrepancy_loss']:10.5f}{row['low_rank_share']:9.4f}{'':7}"
+              + "".join(f"{show(learned[g]):>8}" for g in (*GROUPS, "all")) + f"{'':6}{show(val):>7}{row['images_per_second']:8.0f}{left / 60:6.1f} min", flush=True)
+        if rank == 0:
+            write_log(out / "log.csv", report["log"])
+            if share:
+                write_log(out / "low_rank_share.csv", report["shares"])  # |B A| / |W_g|, a column a layer
+        save()
 
-    # ---- evaluation: the general path alone, the whole, and the merged network, which must be the same
+    # ---- evaluation: the general path alone, the whole, and the merged network, which must be the same; a stop is at once from here on
+    stop_at_once()
     start = clock(device)
     full = predict(model, data.test.images, env)
     seconds = clock(device) - start
-    results, merged_diff, share = {"test": evaluate(full, data.test, env)}, None, low_rank_share(model)
+    results, merged_diff, share, ends = {"test": evaluate(full, data.test, env)}, None, low_rank_share(model), {}
     if len(data.val):
         results["val"] = evaluate(predict(model, data.val.images, env), data.val, env)
     if not args.no_more:
         with general_only(model):
-            results["general path alone, test"] = evaluate(predict(model, data.test.images, env), data.test, env)
-        env.bf16, before = False, None
-        sample = data.test.images[:256]
+            for name, split in (("test", data.test), ("val", data.val)):
+                if len(split):
+                    results[f"general path alone, {name}"] = evaluate(predict(model, split.images, env), split, env)
+        env.bf16, sample, split = False, data.test.images[:256], data.val if len(data.val) else data.test
+        ends = discrepancy_by_group(model, split, env)
         before = predict(model, sample, env)
         merge_low_rank(model)
         merged_diff = float((predict(model, sample, env) - before).abs().max())
-    print(f"\n{'':34}" + "".join(f"{g:>8}" for g in (*GROUPS, "all", "ece")))
+    if rank:
+        return None
+    columns = (*GROUPS, "all", *(("of1", "cf1") if data.multi_label else ("ece",)))
+    print(f"\n{'mAP, %' if data.multi_label else 'top-1, %':34}" + "".join(f"{g:>8}" for g in columns))
     for label, acc in results.items():
-        print(f"{label:34}" + "".join(f"{show(acc[g]):>8}" for g in (*GROUPS, "all", "ece")))
+        print(f"{label:34}" + "".join(f"{show(acc[g]):>8}" for g in columns))
     if share:
         print("\n|BA| / |W_g| by layer: " + "  ".join(f"{k} {v:.3f}" for k, v in share.items()))
-        last = report["log"][-1]
-        ends = [last["discrepancy_few"], last["discrepancy_many"]]
-        if None not in ends and args.amplitude > 0:
-            print(f"discrepancy at the end, few {ends[0]:.4g} against many {ends[1]:.4g}: " + ("as claimed" if ends[0] > ends[1] else "NOT as the paper claims"))
+        if ends["few"] is not None and ends["many"] is not None and args.amplitude > 0:
+            print(f"discrepancy at the end (fp32, {'validation' if len(data.val) else 'test'} images), few {ends['few']:.4g} against many "
+                  f"{ends['many']:.4g}: " + ("as claimed" if ends["few"] > ends["many"] else "NOT as the paper claims"))
 
     # ---- files
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
     if args.export:
-        write_atomic(out / "merged.pt", lambda tmp: torch.save({k: v.cpu() for k, v in model.state_dict().items()}, tmp))
+        write_atomic(out / "merged.pt", lambda tmp: torch.save(state, tmp))
     write_atomic(out / "model.pt", lambda tmp: torch.save({"arch": args.arch, "class_names": data.class_names, "mean": mean.cpu(), "std": std.cpu(),
-                                                            "model": {k: v.cpu() for k, v in model.state_dict().items()}}, tmp))
+                                                            "model": state}, tmp))
     acc = results["test"]
     result = {"method": "base" if args.no_more else "more", "dataset": args.dataset, "imb": args.imb, "arch": args.arch, "seed": args.seed,
               "split_seed": args.split_seed, "epochs": args.epochs, "args": vars(args), "acc": {g: acc[g] for g in (*GROUPS, "all")},
-              "per_class": acc["per_class"], "ece": acc["ece"], "val": results.get("val"), "general": results.get("general path alone, test"),
-              "merged_max_abs_diff": merged_diff, "low_rank_share": share, "images_per_second": report["images"] / report["train_seconds"],
-              "train_seconds": report["train_seconds"], "eval_seconds": seconds, "precision": args.precision,
-              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__, "git": commit}
-    write_log(out / "log.csv", report["log"])
+              "per_class": acc["per_class"], "ece": acc["ece"], "metric": "mAP" if data.multi_label else "top-1", "results": results, "merged_max_abs_diff": merged_diff, "low_rank_share": share, "discrepancy_by_group": ends,
+              "images_per_second": report["images"] / report["train_seconds"], "train_seconds": report["train_seconds"], "eval_seconds": seconds,
+              "precision": args.precision, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+              "torch": torch.__version__, "git": commit}
     write_json(out / "result.json", result)
     if not args.no_more:
         draw_figures(report["log"], out)
@@ -409,8 +640,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)
