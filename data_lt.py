@@ -10,8 +10,10 @@ The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), the field's
 Every piece takes arrays and counts, uses a generator of its own and leaves the global random state alone.
 """
 import argparse
+import atexit
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -144,6 +146,15 @@ def _ignore_sigterm(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _end_decoders():
+    """At exit multiprocessing asks daemons to end, by the SIGTERM that decoders ignore, and would wait for ever for one whose loader was cut short."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about it
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def default_workers():
     """Decoding processes for each training process of this machine."""
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -158,10 +169,16 @@ def decode_batches(files, rows, positions, sizes, workers, key=(0,), kind="none"
     pairs = np.stack([rows, positions], 1)
     loader = torch.utils.data.DataLoader(_Decoded(files, key, kind), batch_sampler=[pairs[a:b] for a, b in zip(edges, edges[1:])],
                                          num_workers=workers, pin_memory=pin, generator=torch.Generator(), worker_init_fn=_ignore_sigterm)
+    if workers:
+        atexit.unregister(_end_decoders)
+        atexit.register(_end_decoders)  # the last registered goes first
     try:
         yield from loader
+        return
     except InputError as error:  # a worker's message comes with its traceback
-        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
+        message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        error.with_traceback(None)  # its frames hold the loader, whose workers end when it goes
+    raise InputError(message)
 
 
 def chunk_sizes(total, size):

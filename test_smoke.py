@@ -6,6 +6,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -915,9 +916,14 @@ def test_photographs_are_decoded_alike_by_any_number_of_processes(workers, tmp_p
         assert len(share) == 1 and torch.equal(share[0][0], whole[1][0][rank::2]) and torch.equal(share[0][1], whole[1][1][rank::2])
     tested = torch.cat([x for _, x in data_lt.test_batches(files, torch.device("cpu"), workers=workers)])
     assert np.array_equal(tested.permute(0, 2, 3, 1).numpy(), files[:])
+    if workers:  # a script that leaves in mid-epoch does not wait for its decoders
+        cut = f"import sys, numpy as np, data_lt; r = np.arange(6); files = data_lt.ImageFiles([f'{tmp_path}/{{i}}.png' for i in r], 32)\n" \
+              f"batches = data_lt.decode_batches(files, r, r, [1] * 6, {workers}); next(batches); sys.exit(4)"
+        assert subprocess.run([sys.executable, "-c", cut], cwd=HERE, timeout=60).returncode == 4
     (tmp_path / "3.png").write_bytes(b"no photograph")
     with pytest.raises(InputError, match=r"^[^\n]*3.png: cannot be decoded; replace or remove it$"):
         list(data_lt.test_batches(files, torch.device("cpu"), workers=workers))
+    assert not multiprocessing.active_children()
 
 
 def test_list_of_the_size_of_inaturalist(tmp_path):
