@@ -20,6 +20,7 @@ import signal
 import sys
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -423,12 +424,30 @@ def read_packed(folder):
         raise InputError(f"{folder}: not a whole pack ({error}); write it again with --pack") from None
 
 
+@contextmanager
+def one_at_a_time(folder):
+    """Let one process of those that share `folder` at a time pass, where the system has flock: the first downloads, the others find files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def torchvision_cifar(name, root):
     """CIFAR through torchvision (downloads when the files are absent). Raises InputError when that fails."""
     from torchvision import datasets
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        train, test = cls(root, train=True, download=True), cls(root, train=False, download=True)
+        with one_at_a_time(Path(root)):
+            train, test = cls(root, train=True, download=True), cls(root, train=False, download=True)
     except Exception as error:
         raise InputError(f"--data-root {root}: no {name} there and no download ({type(error).__name__}); put {cls.filename} "
                          f"(unpacked, or {name}.npz) into it by hand") from None

@@ -25,9 +25,9 @@ from data_lt import (GROUPS, ClassSampler, ImageFiles, InputError, add_data_argu
                      crop_flip, decode_batches, default_workers, expected_calibration_error, group_accuracy, known_name, load_dataset,
                      normalize, on_device, show, test_batches,
                      training_batches)
-from models import (CIFAR_DEPTHS, EXIT_STOPPED, OWNER, Replay, add_owner_masks, all_sum, build_model, check_size, clock, distribute, fast_bf16, git_commit,
-                    join_processes, keep_memory, keep_stage_norms, load_checkpoint, measure, random_batch, random_state, report_bench,
-                    run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, submodel_state, weight_layers, write_atomic, write_json, write_log)
+from models import (EXIT_STOPPED, OWNER, Replay, add_owner_masks, all_sum, build_model, check_size, clock, distribute, git_commit,
+                    join_processes, keep_memory, keep_stage_norms, limits, load_checkpoint, measure, random_batch, random_state, report_bench,
+                    run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, submodel_state, use_bf16, usual_side, weight_layers, write_atomic, write_json, write_log)
 
 # The paper's values ("Implementation Details") but for the later stages' rate: a cosine from the first stage's, where the paper keeps a
 # tenth of it (0.005, 0.002); half of the weights start afresh and learn too slowly at that. Every value is a flag; one number a stage.
@@ -707,12 +707,12 @@ def bench(args):
     device = join_processes(args.device)[0]
     keep_memory()
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    size, k, n = args.size or (32 if args.arch in CIFAR_DEPTHS else 224), 100, args.batch_size
+    size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
     steps = 8 if device.type == "cpu" else 32
     model = add_owner_masks(build_model(args.arch, k)).to(device, memory_format=torch.channels_last)
     photos = torch.randint(256, (steps * n, size, size, 3), dtype=torch.uint8)
     labels, (mean, std) = torch.randint(k, (steps * n,)), torch.full((2, 3), 128.0, device=device)
-    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=use_bf16(args.precision, device),
                              network=model, num_classes=k, mean=mean, std=std)
     x, y = random_batch(n, size, k, device)
     log_alpha, resident = torch.zeros(k, device=device), (photos.to(device), labels.to(device))
@@ -756,7 +756,8 @@ def bench(args):
         ("the loop (draws, augmentation, log) over the bare step", "loop", "bare", "at least 0.90"),
         ("stage 2 with frozen weights over the bare step", "do_stage2", "bare", "at least 0.95"),
         ("instance weights over equal weights, 3 networks x 3 views", "eval_instance", "eval_mean", "at least 1 / 1.1")],
-        args.arch, device, f"{'bf16' if env.bf16 else 'fp32'}, batch {n}, {size} px, {args.aug} augmentation")
+        args.arch, device, f"{'bf16' if env.bf16 else 'fp32'}, batch {n}, {size} px, {args.aug} augmentation",
+        limits(lambda: bare_step(x, y, (0.01,), None), device, env.bf16), n)
 
 
 def main(argv=None):
@@ -795,7 +796,7 @@ def main(argv=None):
     mean, std = (v.to(device) for v in channel_stats(data.train.images))
     images, labels = on_device(data.train.images, device), torch.from_numpy(data.train.labels).to(device)
     env = argparse.Namespace(
-        args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+        args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=use_bf16(args.precision, device),
         batches=partial(training_batches, images, labels, batch_size=args.batch_size, kind=args.aug, mean=mean, std=std, rank=rank, world=world,
                         workers=args.workers, crop=data.crop),
         images=images, labels_np=data.train.labels, by_class=np.argsort(data.train.labels, kind="stable"), starts=np.cumsum(counts) - counts,

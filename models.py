@@ -27,6 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_lt import InputError, argument_parser
 
@@ -522,8 +525,10 @@ def pick_device(name):
     return torch.device(name)
 
 
-def fast_bf16(device):
-    """True where bf16 arithmetic runs in hardware, so that autocast makes a step faster and not slower."""
+def use_bf16(precision, device):
+    """Whether to compute in bf16: "bf16", "fp32", or "auto", where hardware does it, so that autocast makes a step faster and not slower."""
+    if precision != "auto":
+        return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     cpuinfo = Path("/proc/cpuinfo")
@@ -541,6 +546,11 @@ def keep_memory():
         pass  # not glibc: nothing to set
 
 
+def usual_side(arch):
+    """Side in pixels of the images that an architecture was made for."""
+    return 32 if arch in CIFAR_DEPTHS else 224
+
+
 def clock(device):
     """Seconds, once the device has finished what it was given."""
     if device.type == "cuda":
@@ -550,10 +560,33 @@ def clock(device):
 
 def flops(model, size):
     """Floating-point operations of one image of size x size pixels, 2 a multiply-add."""
-    from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     return counter.get_total_flops()
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that every kernel reads and writes, as if nothing stayed in a cache between two kernels."""
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.total += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def limits(step, device, bf16):
+    """What bounds a training step, [(name, amount, measured rate a second)]: the floating-point operations of its matrix products and
+    convolutions at the rate of a large square product, the bytes its kernels read and write at the rate of a large copy. step: a call."""
+    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+        step()
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    source = torch.empty(2 ** 28, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    rates = measure({"product": (lambda: a @ a, 2 * n ** 3), "copy": (lambda: target.copy_(source), 2 * source.nbytes)}, device)
+    return [("arithmetic", counter.get_total_flops(), rates["product"][0]), ("memory traffic", traffic.total, rates["copy"][0])]
 
 
 def random_batch(n, size, num_classes, device):
@@ -598,20 +631,29 @@ def measure(calls, device, rounds=5):
     return {name: (images / sorted(times[name][1:])[rounds // 2], peaks[name]) for name, (_, images) in calls.items()}
 
 
-def report_bench(measured, ratios, arch, device, note):
-    """Print a table of `measure` and the ratios of it, [(label, name, reference, limit as text)], and add it to runs/bench/DEVICE.json."""
+def report_bench(measured, ratios, arch, device, note, bounds=(), batch=0):
+    """Print a table of `measure` and the ratios of it, [(label, name, reference, limit as text)], and add it to runs/bench/DEVICE.json.
+
+    bounds: what `limits` says of the bare step on `batch` images.
+    """
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{arch}, {kind}, {note}, torch {torch.__version__}")
     for name, (rate, peak) in measured.items():
         print(f"  {name:16}{rate:12,.0f} images/s" + (f"{peak / 2 ** 20:10,.0f} MiB at the peak" if peak is not None else ""))
     for label, name, reference, limit in ratios:
         print(f"  {label:74}{measured[name][0] / measured[reference][0]:7.3f}   ({limit})")
+    if bounds:
+        took, least = batch / measured["bare"][0], {name: amount / rate for name, amount, rate in bounds}
+        binding = max(least, key=least.get)
+        print(f"  bare step {took * 1e3:,.1f} ms; at the rates of a large product and a large copy: " + ", ".join(
+            f"{name} {amount / 1e9:,.1f} G at {rate / 1e9:,.0f} G/s: {least[name] * 1e3:,.1f} ms" for name, amount, rate in bounds)
+            + f"; {binding} binds, the step takes {took / least[binding]:.2f} times that")
     path = Path("runs/bench") / f"{kind.replace(' ', '_').replace('/', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {}
     entry = known.setdefault(arch, {"peak_mib": {}})
     entry |= {name: rate for name, (rate, _) in measured.items()}
-    entry |= {"note": note, "torch": torch.__version__, "git": git_commit()}
+    entry |= {"note": note, "torch": torch.__version__, "git": git_commit()} | ({"limits": {name: [amount, rate] for name, amount, rate in bounds}} if bounds else {})
     entry["peak_mib"] |= {name: peak and peak / 2 ** 20 for name, (_, peak) in measured.items()}
     write_json(path, known)
     print(f"  written to {path}")
@@ -629,8 +671,8 @@ def main():
     args = parser.parse_args()
     keep_memory()
     device = pick_device(args.device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device))
-    size = args.size or (32 if args.arch in CIFAR_DEPTHS else 224)
+    bf16 = use_bf16(args.precision, device)
+    size = args.size or usual_side(args.arch)
     model = build_model(args.arch, args.num_classes).to(device, memory_format=torch.channels_last)
     print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {flops(model, size) / 1e6:,.1f} MFLOPs an image of {size} px "
           "(2 a multiply-add)")

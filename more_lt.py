@@ -24,9 +24,9 @@ import torchvision
 from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, batches_in, channel_stats, default_workers,
                      expected_calibration_error, group_accuracy, group_means, known_name,
                      load_dataset, normalize, on_device, show, test_batches, training_batches)
-from models import (CIFAR_DEPTHS, EXIT_STOPPED, LowRank, Replay, add_low_rank, all_sum, build_model, check_size, clock, distribute, fast_bf16, flops, general_only,
+from models import (EXIT_STOPPED, LowRank, Replay, add_low_rank, all_sum, build_model, check_size, clock, distribute, flops, general_only,
                     git_commit, join_processes, keep_memory, load_checkpoint, measure, merge_low_rank, random_batch, random_state, report_bench,
-                    run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, write_atomic, write_json, write_log)
+                    run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, use_bf16, usual_side, write_atomic, write_json, write_log)
 
 CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's, in 0..255
 
@@ -424,10 +424,10 @@ def bench(args):
     device = join_processes(args.device)[0]
     keep_memory()
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    size, k, n = args.size or (32 if args.arch in CIFAR_DEPTHS else 224), 100, args.batch_size
+    size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
     steps = 8 if device.type == "cpu" else 32
     counts = torch.arange(k, 0, -1, device=device).float()
-    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=use_bf16(args.precision, device),
                              num_classes=k, counts_t=counts, prior=counts / counts.sum(), deferred=None, total_steps=10 ** 9, num_images=None, db={})
     plain, more = (build_model(args.arch, k).to(device, memory_format=torch.channels_last) for _ in range(2))
     merged = build_model(args.arch, k).to(device, memory_format=torch.channels_last)
@@ -493,7 +493,7 @@ def main(argv=None):
     prior = counts / counts.sum()
     images, labels = on_device(data.train.images, device), torch.from_numpy(data.train.labels).to(device)
     env = argparse.Namespace(
-        args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=args.precision == "bf16" or (args.precision == "auto" and fast_bf16(device)),
+        args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=use_bf16(args.precision, device),
         counts=counts, groups=groups, num_classes=data.num_classes, num_images=len(data.train), db=DB_COCO if data.name == "coco_mlt" else {}, mean=mean, std=std,
         total_steps=steps * args.epochs,
         prior=torch.tensor(prior, dtype=torch.float32, device=device), counts_t=torch.tensor(counts, dtype=torch.float32, device=device),

@@ -1049,6 +1049,15 @@ def test_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
         load_dataset("cifar10", tmp_path)
 
 
+def test_one_process_downloads_while_the_other_waits(tmp_path):
+    """Three processes read, wait and write a counter; without the lock some would write over another's."""
+    code = "import sys, time, pathlib, data_lt\nwith data_lt.one_at_a_time(pathlib.Path(sys.argv[1])):\n" \
+           "    f = pathlib.Path(sys.argv[1]) / 'n'; n = int(f.read_text()); time.sleep(0.3); f.write_text(str(n + 1))"
+    (tmp_path / "n").write_text("0")
+    runs = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=HERE) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0] * 3 and (tmp_path / "n").read_text() == "3"
+
+
 @pytest.mark.parametrize("script, loss, flags", [(do_lt, "compensation_loss", do_flags), (more_lt, "base_loss", more_flags)])
 def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tiny, tmp_path, monkeypatch, capsys):
     real, calls = getattr(script, loss), []
@@ -1064,13 +1073,20 @@ def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tin
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_limits_of_a_linear_layer():
+    layer, x = torch.nn.Linear(64, 32), torch.randn(8, 64)
+    (_, operations, rate), (_, traffic, copied) = models.limits(lambda: layer(x), torch.device("cpu"), False)
+    assert operations == 2 * 8 * 64 * 32 and traffic == 4 * (8 * 64 + 64 * 32 + 32 + 8 * 32) and rate > 0 and copied > 0
+
+
 def test_bench_and_table_print_and_write(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for script in (do_lt, more_lt):
         script.main(["--bench", "--arch", "resnet20", "--batch-size", "4", "--device", "cpu"])
     rates = json.loads((tmp_path / "runs" / "bench" / "cpu.json").read_text())["resnet20"]
     assert {"bare", "loop", "do_stage2", "more", "more_detached", "eval_plain", "eval_mean", "eval_instance"} <= set(rates)
-    assert all(rates[k] > 0 for k in ("bare", "loop", "more")) and "over the bare step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(rates[k] > 0 for k in ("bare", "loop", "more")) and "over the bare step" in out and "binds, the step takes" in out
     for seed, few in ((0, 10.0), (1, 14.0)):
         (tmp_path / f"more_seed{seed}").mkdir()
         (tmp_path / f"more_seed{seed}" / "result.json").write_text(json.dumps({"acc": {"many": 50.0, "medium": None, "few": few, "all": 30.0}}))
