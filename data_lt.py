@@ -138,7 +138,7 @@ class _Decoded(torch.utils.data.Dataset):
     def __getitem__(self, item):
         image = self.files.open(int(item[0]))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([*self.key, int(item[1])]).generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(np.random.SeedSequence([*self.key, int(item[1])]).generate_state(1)[0]))
             return self.transform(image)
 
 
@@ -806,6 +806,12 @@ class ClassSampler:
 # Images are uint8, n x 3 x H x W; a strength is a float tensor (n,). Each operation agrees with torchvision.transforms.functional's
 # of the same name on the same parameter, for a whole batch with one parameter an image.
 
+def to_device(array, device):
+    """A numpy array as a tensor on the device; a GPU fetches it from pinned memory while the host goes on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _blend(a, b, f):
     """a * f + b * (1 - f) as uint8, cut to 0..255."""
     f = f.double().view(-1, 1, 1, 1)  # 1 - f in double, as torchvision has it: a grey pixel must not lose a level to rounding
@@ -946,8 +952,8 @@ def rand_augment(images, rng, num_ops=2, max_magnitude=0.6):
         op = rng.integers(len(RANDAUGMENT), size=n)
         strength = rng.uniform(0, max_magnitude, n)
         sign = rng.choice([-1.0, 1.0], n)
-        order = torch.from_numpy(np.argsort(op, kind="stable")).to(images.device, non_blocking=True)
-        params = torch.from_numpy(np.stack([strength, sign])).to(images.device, non_blocking=True)
+        order = to_device(np.argsort(op, kind="stable"), images.device)
+        params = to_device(np.stack([strength, sign]), images.device)
         for (fn, param), idx in zip(RANDAUGMENT[1:], order.split(np.bincount(op, minlength=len(RANDAUGMENT)).tolist())[1:]):
             if len(idx):
                 images[idx] = fn(images[idx], param(*params[:, idx]))
@@ -958,9 +964,9 @@ def crop_flip(images, rng, pad):
     """A random crop of the zero-padded image and a horizontal flip of every second one. uint8 n x 3 x H x W -> the same shape."""
     n, _, h, w = images.shape
     top, left, flip = rng.integers(2 * pad + 1, size=n), rng.integers(2 * pad + 1, size=n), rng.random(n) < 0.5
-    rows = torch.from_numpy(top[:, None] + np.arange(h)).to(images.device, non_blocking=True)
+    rows = to_device(top[:, None] + np.arange(h), images.device)
     cols = left[:, None] + np.where(flip[:, None], np.arange(w)[::-1], np.arange(w))
-    cols = torch.from_numpy(cols).to(images.device, non_blocking=True)
+    cols = to_device(cols, images.device)
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # n x H x W x 3, so that a pixel's channels move together
     at = torch.arange(n, device=images.device).view(n, 1, 1)
     return padded[at, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
@@ -972,7 +978,7 @@ def cutout(images, rng, side):
     cy, cx = rng.integers(h, size=(n, 1)), rng.integers(w, size=(n, 1))
     rows, cols = np.arange(h) - cy, np.arange(w) - cx
     hit = (np.abs(rows + 0.5) <= side / 2)[:, :, None] & (np.abs(cols + 0.5) <= side / 2)[:, None, :]
-    return images.masked_fill_(torch.from_numpy(hit).to(images.device, non_blocking=True)[:, None], 0)
+    return images.masked_fill_(to_device(hit, images.device)[:, None], 0)
 
 
 def random_resized_crop(images, rng, size):
@@ -984,7 +990,7 @@ def random_resized_crop(images, rng, size):
     left, top, flip = rng.random(n) * (1 - w), rng.random(n) * (1 - h), np.where(rng.random(n) < 0.5, -1, 1)
     zero = np.zeros(n)
     boxes = np.stack([w * flip, zero, 2 * left + w - 1, zero, h, 2 * top + h - 1], 1).reshape(n, 2, 3)  # -1..1 across output and input
-    grid = F.affine_grid(torch.from_numpy(boxes).float().to(images.device, non_blocking=True), [n, 3, size, size], align_corners=False)
+    grid = F.affine_grid(to_device(boxes.astype(np.float32), images.device), [n, 3, size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
 
 
@@ -1078,7 +1084,7 @@ def training_batches(images, labels, picks, batch_size, kind, key, mean, std, fi
     steps = range(first, batches_in(len(picks), batch_size))
     picks = picks[:steps.stop * batch_size]
     mine = np.arange(rank, len(picks), world)  # batch_size is a multiple of world
-    y = labels[torch.from_numpy(picks[mine]).to(labels.device)]
+    y = labels[to_device(picks[mine], labels.device)]
     local = batch_size // world
     if isinstance(images, ImageFiles):
         mine = mine[first * local:]
@@ -1092,7 +1098,7 @@ def training_batches(images, labels, picks, batch_size, kind, key, mean, std, fi
                 whole = picks[start * batch_size:(start + chunk) * batch_size]
                 rows = np.arange(rank, len(whole), world)
                 rng = np.random.default_rng([*key, start])
-                x = images[torch.from_numpy(whole[rows]).to(images.device)]
+                x = images[to_device(whole[rows], images.device)]
                 x = (x if x.device == labels.device else x.pin_memory().to(labels.device, non_blocking=True)).permute(0, 3, 1, 2)
                 x = augment(x, rng if world == 1 else RowsOf(rng, len(whole), rows), kind, crop)
                 yield from x.split(local)[max(first - start, 0):]
@@ -1113,7 +1119,7 @@ def test_batches(images, device, rank=0, world=1, workers=0, crop=None):
             yield start, x.to(device, non_blocking=True)
     else:
         for start in starts:
-            yield start, center_crop(torch.from_numpy(images[start:start + size]).to(device).permute(0, 3, 1, 2), crop)
+            yield start, center_crop(to_device(images[start:start + size], device).permute(0, 3, 1, 2), crop)
 
 
 # ----------------------------------------------------------------------------------------------------------------- metrics

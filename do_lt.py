@@ -26,7 +26,7 @@ from data_lt import (GROUPS, ClassSampler, ImageFiles, InputError, add_data_argu
                      normalize, on_device, show, test_batches,
                      training_batches)
 from models import (EXIT_STOPPED, OWNER, Replay, add_owner_masks, all_sum, build_model, check_size, clock, distribute, git_commit,
-                    join_processes, keep_memory, keep_stage_norms, limits, load_checkpoint, measure, random_batch, random_state, report_bench,
+                    join_processes, keep_memory, keep_stage_norms, limits, load_checkpoint, load_optimizer, measure, random_batch, random_state, report_bench,
                     run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, submodel_state, use_bf16, usual_side, weight_layers, write_atomic, write_json, write_log)
 
 # The paper's values ("Implementation Details") but for the later stages' rate: a cosine from the first stage's, where the paper keeps a
@@ -238,9 +238,9 @@ def trainable_masks(model, alive=None):
     return pairs
 
 
-def make_step(model, optimizer, weight_decay, log_alpha, masks, env):
+def make_step(model, optimizer, weight_decay, log_alpha, masks, env, replay=False):
     """One step of SGD, step(x, y, (share, learning rate), _). It adds to step.sums (3, K): images drawn and correct by class, and a row that
-    adds up to their loss.
+    adds up to their loss. replay: as a CUDA graph where that is possible.
 
     Weight decay is added to the gradient here and not in the optimiser, and the gradient of frozen weights is zeroed after it: their
     momentum stays 0 and SGD leaves them bit for bit as they are.
@@ -257,27 +257,25 @@ def make_step(model, optimizer, weight_decay, log_alpha, masks, env):
         loss = compensation_loss(logits, y, log_alpha)
         optimizer.zero_grad()
         (loss * share).backward()
-        torch._foreach_add_([p.grad for p in params], params, alpha=weight_decay)
-        if frozen:
-            torch._foreach_mul_([w.grad for w in frozen], keep)
+        with torch.no_grad():
+            torch._foreach_add_([p.grad for p in params], params, alpha=weight_decay)
+            if frozen:
+                torch._foreach_mul_([w.grad for w in frozen], keep)
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
             one = torch.ones_like(y, dtype=torch.float32)
             sums.index_add_(1, y, torch.stack([one, (logits.argmax(1) == y).float(), one * loss]))
-    step.sums = sums
-    return step
+    return Replay(step, replay and env.device.type == "cuda" and env.world == 1 and env.bf16, sums)
 
 
-def train(model, step, rate, data, env, replay=False):
+def train(model, step, rate, data, env):
     """Steps over `data`, batches of (x, y, share), at the learning rates `rate`; returns (step.sums of these steps, steps done). Ends early
-    when the run is told to stop. replay: as a CUDA graph where that is possible."""
+    when the run is told to stop."""
     model.train()
     step.sums.zero_()
-    if not hasattr(step, "replay"):
-        step.replay = Replay(step, enabled=replay and env.device.type == "cuda" and env.world == 1 and env.bf16)
     done = 0
     for (x, y, share), lr in zip(data, rate):
-        step.replay(x, y, (share, lr))
+        step(x, y, (share, lr))
         done += 1
         if (env.world == 1 or done % 16 == 0) and should_stop(env.world, env.device):
             break
@@ -373,7 +371,7 @@ def decouple(model, t, stage, gammas, env, measure=None, progress=None, save=lam
         gamma, before = gammas[i], gammas[i - 1] if i else 0.0
         optimizer = make_optimizer(model, args.tpd_lr)
         if p["optimizer"]:
-            optimizer.load_state_dict(p["optimizer"])
+            load_optimizer(optimizer, p["optimizer"])
         for step in range(p["step"] + 1, dt + 1 if gamma > 0 else 1):
             random = torch.Generator().manual_seed(args.seed * 10 ** 6 + t * 10 ** 4 + i * 100 + step)
             scores = scores_for(model, classes, args.importance, log_alpha, env, random)
@@ -708,7 +706,7 @@ def bench(args):
     keep_memory()
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
-    steps = 8 if device.type == "cpu" else 32
+    steps = 8 if device.type == "cpu" or size > 64 else 128
     model = add_owner_masks(build_model(args.arch, k)).to(device, memory_format=torch.channels_last)
     photos = torch.randint(256, (steps * n, size, size, 3), dtype=torch.uint8)
     labels, (mean, std) = torch.randint(k, (steps * n,)), torch.full((2, 3), 128.0, device=device)
@@ -726,17 +724,17 @@ def bench(args):
         optimizer.zero_grad()
         F.cross_entropy(logits_of(model, x, env), y).backward()
         optimizer.step()
-    bare_replay = Replay(bare_step, enabled=device.type == "cuda" and env.bf16)
+    bare_replay = Replay(bare_step, device.type == "cuda" and env.bf16)
 
     def bare():
         model.train()
         for _ in range(steps):
             bare_replay(x, y, (0.01,))
-    free = make_step(model, make_optimizer(model, 0.01), args.weight_decay, log_alpha, [], env)
-    masked = make_step(model, make_optimizer(model, 0.01), args.weight_decay, log_alpha, masks, env)
+    free = make_step(model, make_optimizer(model, 0.01), args.weight_decay, log_alpha, [], env, replay=True)
+    masked = make_step(model, make_optimizer(model, 0.01), args.weight_decay, log_alpha, masks, env, replay=True)
 
     def loop(step, batches):
-        train(model, step, [0.01] * steps, batches, env, replay=True)[0].sum().item()
+        train(model, step, [0.01] * steps, batches, env)[0].sum().item()
     photos_np = photos.numpy()
     subs, split = [model] * 3, photos_np[:2 * n]
     cached = torch.stack([predict(sub, split, env, args.views) for sub in subs])
@@ -873,9 +871,9 @@ def main(argv=None):
         steps = batches_in(len(data.train), args.batch_size)
         optimizer = make_optimizer(model, args.lr[t - 1])
         if optimizer_state and not pruning:
-            optimizer.load_state_dict(optimizer_state)
+            load_optimizer(optimizer, optimizer_state)
             optimizer_state = None
-        step = make_step(model, optimizer, args.weight_decay, log_alpha, trainable_masks(model), env)
+        step = make_step(model, optimizer, args.weight_decay, log_alpha, trainable_masks(model), env, replay=True)
         if epoch < args.epochs[t - 1]:
             print(f"\nstage {t} of {T}, {stage}: {args.epochs[t - 1]} epochs of {len(data.train):,} draws, rate {args.lr[t - 1]:g} "
                   f"{args.schedule[t - 1]}\n{'epoch':>9}{'loss':>9}{'rate':>9}   drawn:{'many':>6}{'medium':>8}{'few':>8}{'all':>8}   val:{'all':>6}"
@@ -887,8 +885,7 @@ def main(argv=None):
             rate = args.lr[t - 1] * (0.5 + 0.5 * np.cos(math.pi * fraction) if args.schedule[t - 1] == "cosine" else np.ones(steps))
             first, before, earlier = begun or (0, torch.zeros(3, env.num_classes), 0.0)
             begun = None
-            sums, done = train(model, step, rate[first:].tolist(), env.batches(sampler.indices(), key=[args.seed, t, 1, epoch], first=first), env,
-                               replay=True)
+            sums, done = train(model, step, rate[first:].tolist(), env.batches(sampler.indices(), key=[args.seed, t, 1, epoch], first=first), env)
             sums = all_sum(sums, world) + before.to(device)
             stop_if_not_finite(sums[2].sum(), model, f"stage {t}, epoch {epoch + 1}")
             if first + done < steps:  # told to stop
@@ -912,6 +909,7 @@ def main(argv=None):
             if rank == 0:
                 write_log(out / "log.csv", report["log"])
             save(out / "last.pt", t, epoch, optimizer)
+        del step  # and the memory of its graph
         if t == 1 and not pruning:
             save(out / "stage1.pt", t, epoch, optimizer)
         if not pruning:

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_lt import InputError, argument_parser
+from data_lt import InputError, argument_parser, to_device
 
 OWNER = "weight_owner"  # name of the buffer that add_owner_masks puts beside each weight
 
@@ -306,6 +306,8 @@ def write_atomic(path, write):
         write(tmp)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as a RuntimeError
+        if "CUDA" in str(error):
+            raise
         Path(tmp).unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be written ({reason}); what was there before is kept: make room, then go on with --resume") from None
@@ -412,31 +414,46 @@ class Replay:
 
     step(x, y, numbers, variant): everything it reads and writes beside x, y and the numbers (floats, a 1-d tensor on the device when
     replayed) must stay in place. After three plain calls a graph is captured, and again when the variant changes; batches of another shape
-    are plain calls. With enabled=False, and so on the CPU, every call is plain and the numbers stay floats.
+    are plain calls, but for a larger one. With enabled=False, and so on the CPU, or where the step cannot be captured, every call is plain
+    and the numbers stay floats. sums: a tensor that the step adds its figures to, for whoever calls it.
     """
 
-    def __init__(self, step, enabled):
-        self.step, self.enabled, self.calls, self.graph, self.key = step, enabled, 0, None, None
+    def __init__(self, step, enabled, sums=None):
+        self.step, self.enabled, self.calls, self.graph, self.key, self.sums = step, enabled, 0, None, None, sums
+        self.side = torch.cuda.Stream() if enabled else None
 
     def __call__(self, x, y, numbers, variant=None):
         if not self.enabled:
             return self.step(x, y, numbers, variant)
-        numbers = torch.tensor(numbers, pin_memory=True).to(x.device, non_blocking=True)
+        floats, numbers = numbers, to_device(np.array(numbers, np.float32), x.device)
         key, self.calls = (x.shape, variant), self.calls + 1
-        if self.calls <= 3 or (self.graph is not None and x.shape != self.key[0]):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        if self.calls <= 3 or (self.graph is not None and len(x) < self.key[0][0]):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 self.step(x, y, numbers, variant)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             return
         if key != self.key:
             self.key, self.inputs, self.graph = key, (x.clone(), y.clone(), numbers.clone()), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step(*self.inputs, variant)
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+                    self.step(*self.inputs, variant)
+            except RuntimeError as error:
+                print(f"note: no CUDA graph of the step ({str(error).splitlines()[0]}): slower for small networks", file=sys.stderr)
+                self.enabled = self.graph = None
+                torch.cuda.synchronize()
+                return self.step(x, y, floats, variant)
         for kept, new in zip(self.inputs, (x, y, numbers)):
             kept.copy_(new)
         self.graph.replay()
+
+
+def load_optimizer(optimizer, state):
+    """Load the optimiser's state dict, but keep how this device computes the update: the state may come from another kind."""
+    own = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, (group["fused"], group["foreach"]) in zip(optimizer.param_groups, own):
+        pass
 
 
 def random_state(device):
@@ -583,7 +600,7 @@ def limits(step, device, bf16):
         step()
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    source = torch.empty(2 ** 28, dtype=torch.uint8, device=device).fill_(1)
+    source = torch.empty(2 ** (32 if device.type == "cuda" else 28), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     rates = measure({"product": (lambda: a @ a, 2 * n ** 3), "copy": (lambda: target.copy_(source), 2 * source.nbytes)}, device)
     return [("arithmetic", counter.get_total_flops(), rates["product"][0]), ("memory traffic", traffic.total, rates["copy"][0])]
@@ -619,9 +636,10 @@ def peak_memory(fn, device):
 def measure(calls, device, rounds=5):
     """{name: (images/s, peak bytes or None)} of calls {name: (fn, images it processes)}. The calls take turns, so that a machine that
     slows down slows all of them; after a warm-up round, the median of `rounds`."""
-    for fn, _ in calls.values():
-        fn()
-    peaks = {name: peak_memory(fn, device) for name, (fn, _) in calls.items()}
+    if device.type != "cuda":
+        for fn, _ in calls.values():
+            fn()
+    peaks = {name: peak_memory(fn, device) for name, (fn, _) in calls.items()}  # on a GPU the warm-up: a captured graph keeps its memory
     times = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, (fn, _) in calls.items():

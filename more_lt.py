@@ -25,7 +25,7 @@ from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argum
                      expected_calibration_error, group_accuracy, group_means, known_name,
                      load_dataset, normalize, on_device, show, test_batches, training_batches)
 from models import (EXIT_STOPPED, LowRank, Replay, add_low_rank, all_sum, build_model, check_size, clock, distribute, flops, general_only,
-                    git_commit, join_processes, keep_memory, load_checkpoint, measure, merge_low_rank, random_batch, random_state, report_bench,
+                    git_commit, join_processes, keep_memory, load_checkpoint, load_optimizer, measure, merge_low_rank, random_batch, random_state, report_bench,
                     run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, use_bf16, usual_side, write_atomic, write_json, write_log)
 
 CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's, in 0..255
@@ -271,10 +271,8 @@ def make_step(optimizer, env):
             right = (full.argmax(1) == y).float()[:, None] if y.dim() == 1 else (full > 0).float()
             sums.add_(torch.stack([truth.sum(0), (truth * right).sum(0), (truth * apart[:, None]).sum(0),
                                    base.expand(env.num_classes) * len(y), extra.expand(env.num_classes) * len(y)]))
-    step.sums = sums
     possible = env.device.type == "cuda" and env.world == 1 and env.bf16 and args.optimizer == "sgd" and not getattr(env.network, "random", False)
-    step.replay = Replay(step, enabled=possible)
-    return step
+    return Replay(step, possible, sums)
 
 
 def train(model, step, rate, data, first, env):
@@ -285,7 +283,7 @@ def train(model, step, rate, data, first, env):
     done, peak = 0, env.args.amplitude * env.num_classes  # A = A' C
     for now, ((x, y, share), lr) in enumerate(zip(data, rate), first):
         weight = sinusoidal_weight(now, env.total_steps, peak) if env.args.schedule == "sin" else peak
-        step.replay(x, y, (share, lr, weight), env.args.loss == "ldam" and now >= 0.8 * env.total_steps)  # LDAM-DRW: the last fifth
+        step(x, y, (share, lr, weight), env.args.loss == "ldam" and now >= 0.8 * env.total_steps)  # LDAM-DRW: the last fifth
         done += 1
         if (env.world == 1 or done % 16 == 0) and should_stop(env.world, env.device):
             break
@@ -425,7 +423,7 @@ def bench(args):
     keep_memory()
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
-    steps = 8 if device.type == "cpu" else 32
+    steps = 8 if device.type == "cpu" or size > 64 else 128
     counts = torch.arange(k, 0, -1, device=device).float()
     env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=use_bf16(args.precision, device),
                              num_classes=k, counts_t=counts, prior=counts / counts.sum(), deferred=None, total_steps=10 ** 9, num_images=None, db={})
@@ -520,7 +518,7 @@ def main(argv=None):
         check_same_run(state, args, counts, out / "last.pt")
         epoch, report, begun = state["epoch"], state["report"], state["begun"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         set_random_state(state["rng"], device)
     elif args.resume:
         print(f"nothing to resume in {out}: starting from the beginning")
@@ -602,6 +600,7 @@ def main(argv=None):
             for name, split in (("test", data.test), ("val", data.val)):
                 if len(split):
                     results[f"general path alone, {name}"] = evaluate(predict(model, split.images, env), split, env)
+        torch.backends.cudnn.allow_tf32 = False
         env.bf16, sample, split = False, data.test.images[:256], data.val if len(data.val) else data.test
         ends = discrepancy_by_group(model, split, env)
         before = predict(model, sample, env)

@@ -3,6 +3,7 @@
 
     python -m pytest -q test_smoke.py          real CIFAR-100 is used too when DATA_ROOT names a folder with cifar100.npz
 """
+import argparse
 import csv
 import json
 import math
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -1071,6 +1073,52 @@ def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tin
     assert caught.value.code == 3 and "loss became nan" in capsys.readouterr().err
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_replay_of_a_step(monkeypatch):
+    """What a CUDA graph would do, played by a stand-in: each call, replayed, captured or plain, sees its own batch and numbers."""
+    from contextlib import nullcontext
+    seen, captured, broken = [], [], []
+
+    class Graph:
+        def replay(self):
+            seen.append((captured[-1][0].sum().item(), captured[-1][2][0].item(), captured[-1][3]))
+
+    @contextmanager
+    def capture(graph, **_):
+        if broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        captured.append(None)
+        yield
+    stream = argparse.Namespace(wait_stream=lambda other: None)
+    for name, fake in (("Stream", lambda: stream), ("current_stream", lambda: stream), ("stream", nullcontext), ("graph", capture), ("CUDAGraph", Graph),
+                       ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step(x, y, numbers, variant):
+        if captured and captured[-1] is None:
+            captured[-1] = (x, y, numbers, variant)
+        else:
+            seen.append((x.sum().item(), float(numbers[0]), variant))
+    replay = models.Replay(step, True)
+    want = []
+    for i, (n, variant) in enumerate([(2, 0)] * 6 + [(1, 0), (2, 0), (2, 1), (4, 1), (2, 1), (4, 1)]):
+        want.append((float(n * i), i / 2, variant))
+        replay(torch.full((n,), float(i)), torch.zeros(n), (i / 2,), variant)
+    assert seen == want and len(captured) == 3  # the first, another variant, a larger batch
+    broken.append(True)
+    for _ in range(2):
+        replay(torch.ones(8), torch.zeros(8), (0.5,), 1)
+    assert seen[-2:] == [(8.0, 0.5, 1)] * 2 and len(captured) == 3  # it could not be captured: plain from then on
+
+
+def test_optimizer_state_of_another_device():
+    weight = torch.nn.Parameter(torch.ones(3))
+    there, here = (torch.optim.SGD([weight], lr=0.1, momentum=0.9, foreach=f, fused=not f) for f in (True, False))
+    weight.grad = torch.ones(3)
+    there.step()
+    models.load_optimizer(here, there.state_dict())
+    assert here.param_groups[0]["fused"] and not here.param_groups[0]["foreach"] and here.state[weight]["momentum_buffer"].tolist() == [1, 1, 1]
 
 
 def test_limits_of_a_linear_layer():
