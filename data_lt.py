@@ -274,6 +274,8 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         raise InputError(f"--size {size}: the side of an image in pixels; give at least 8")
     path, asked, size, crop = Path(name), size, size or 224, None
     if name in ("synth", "synth_mlt"):
+        if imb_type != "exp":
+            raise InputError(f"--imb-type {imb_type}: {name} knows exp alone")
         arrays, source = (synthetic if name == "synth" else synthetic_mlt)(imb or (1 if keep else 60), split_seed), f"{name} made with seed {split_seed}"
         keep = True
     elif name in ("cifar10", "cifar100"):
@@ -1189,6 +1191,13 @@ def argument_parser(description):
     return parser
 
 
+def seed_number(text):
+    """A flag's seed: what numpy and torch both take."""
+    if not 0 <= int(text) < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text}: a seed lies between 0 and {2 ** 32 - 1}")
+    return int(text)
+
+
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     parser.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, imagenet_lt, places_lt, inat18, voc_mlt, coco_mlt, miml, nuswide_scene, "
@@ -1199,7 +1208,7 @@ def add_data_arguments(parser):
         return text if text == "keep" else float(text)
     parser.add_argument("--imb", type=ratio, help="largest class over smallest, or keep: the data as they are (default: cifar 100, synth 60, else keep)")
     parser.add_argument("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts (default %(default)s); synth knows exp alone")
-    parser.add_argument("--split-seed", type=int, default=0, help="which images the long-tailed split keeps; 0 is LDAM-DRW's")
+    parser.add_argument("--split-seed", type=seed_number, default=0, help="which images the long-tailed split keeps; 0 is LDAM-DRW's")
     parser.add_argument("--size", type=int, help="side in pixels to which photographs are brought (default 224; of packed ones 7/8); images in memory stay as they are")
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from data_lt import (GROUPS, ClassSampler, ImageFiles, InputError, add_data_arguments, argument_parser, batches_in, center_crop, channel_stats, class_groups,
                      crop_flip, decode_batches, default_workers, expected_calibration_error, group_accuracy, known_name, load_dataset,
-                     normalize, on_device, show, test_batches,
+                     normalize, on_device, seed_number, show, test_batches,
                      training_batches)
 from models import (EXIT_STOPPED, OWNER, Replay, add_owner_masks, all_sum, build_model, check_size, clock, distribute, git_commit,
                     join_processes, keep_memory, keep_stage_norms, limits, load_checkpoint, load_optimizer, measure, random_batch, random_state, report_bench,
@@ -293,7 +293,7 @@ def stop_if_not_finite(loss, model, where):
 
 def make_optimizer(model, lr):
     """SGD with momentum 0.9; weight decay is added in `train`, where frozen weights are spared."""
-    fused = next(model.parameters()).is_cuda  # takes its rate from the device, as a CUDA graph needs it
+    fused = next(model.parameters()).is_cuda  # the SGD that reads its rate on the device, so that a replayed graph sees each step's
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused, foreach=not fused)
 
 
@@ -588,7 +588,7 @@ def parse_args(argv=None):
                         help="how far the mixture goes from equal weights (0) to the best-agreeing ones (1) (default %(default)s)")
     method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one (default %(default)s)")
     system = parser.add_argument_group("system")
-    system.add_argument("--seed", type=int, default=0)
+    system.add_argument("--seed", type=seed_number, default=0)
     system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it (default %(default)s)")
     system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
@@ -630,7 +630,7 @@ def parse_args(argv=None):
             raise InputError(f"--gamma {args.gamma}: shares pruned lie between 0 and 1, exclusive; or auto")
     if not 0 < args.rho < 1:
         raise InputError(f"--rho {args.rho:g}: must lie between 0 and 1, exclusive")
-    for flag, least in (("batch_size", 2), ("views", 2), ("tpd_steps", 1), ("tpd_iters", 1), ("importance_images", 1), ("seed", 0), ("split_seed", 0),
+    for flag, least in (("batch_size", 2), ("views", 2), ("tpd_steps", 1), ("tpd_iters", 1), ("importance_images", 1),
                         ("weight_decay", 0), ("reinit", 0), ("workers", 0), ("epochs", 1), ("lr", 1e-12), ("tpd_lr", 1e-12)):
         value = getattr(args, flag)
         if not all(v >= least and math.isfinite(v) for v in (value if isinstance(value, list) else [value])):

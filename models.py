@@ -137,7 +137,8 @@ class ClipClassifier(nn.Module):
         if name not in open_clip.list_models():
             raise InputError(f"--arch clip:{name}: open_clip has no such model; take clip:ViT-B-16 or clip:RN50")
         try:
-            return open_clip.create_model(name, pretrained=pretrained and str(pretrained), force_image_size=size)
+            return open_clip.create_model(name, pretrained=pretrained and str(pretrained), force_image_size=size,
+                                          force_quick_gelu=pretrained == "openai")  # its weights were trained with it
         except Exception as error:  # its downloads and checkpoints fail in many ways
             raise InputError(f"--arch clip:{name}: no weights from {pretrained} ({type(error).__name__}: {str(error).splitlines()[0]}); "
                              "download them by hand and give the file as --weights") from None
@@ -261,9 +262,9 @@ def add_low_rank(model, ratio=0.1, init="zero", only=""):
     try:
         targets = [(layer, weight) for name, layer, weight in targets if re.search(only, name)]
     except re.error as error:
-        raise InputError(f"only {only!r} is no regular expression: {error}") from None
+        raise InputError(f"--low-rank-only {only!r} is no regular expression: {error}") from None
     if not targets:
-        raise InputError(f"only {only!r}: no layer's name contains it; names are as in model.named_modules()")
+        raise InputError(f"--low-rank-only {only!r}: no layer's name contains it; the names are those of model.named_modules() (of CLIP: of its image tower)")
     for layer, name in targets:
         parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), ratio, init))
     return model

@@ -23,7 +23,7 @@ import torchvision
 
 from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, batches_in, channel_stats, default_workers,
                      expected_calibration_error, group_accuracy, group_means, known_name,
-                     load_dataset, normalize, on_device, show, test_batches, training_batches)
+                     load_dataset, normalize, on_device, seed_number, show, test_batches, training_batches)
 from models import (EXIT_STOPPED, LowRank, Replay, add_low_rank, all_sum, build_model, check_size, clock, distribute, flops, general_only,
                     git_commit, join_processes, keep_memory, load_checkpoint, load_optimizer, measure, merge_low_rank, random_batch, random_state, report_bench,
                     run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, use_bf16, usual_side, write_atomic, write_json, write_log)
@@ -43,14 +43,14 @@ RECIPES = {
     "coco_mlt": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
     "miml": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
     "nuswide_scene": dict(arch="resnet50", epochs=40, lr=0.02, batch_size=32, aug="strong", pretrained=True),
-    "clip": dict(epochs=20, lr=1e-5, batch_size=64, aug="basic"),  # whatever the dataset; AdamW
+    "clip": dict(epochs=20, lr=1e-5, batch_size=64, aug="basic", pretrained=True),  # whatever the dataset; AdamW
 }
 
 
 # --------------------------------------------------------------------------------------------- the equations, one function each
 
 def sinusoidal_weight(step, total, amplitude):
-    """a(t) = A sin(pi t / T): the weight of the discrepancy loss after `step` of `total` steps."""
+    """a(t) = A sin(pi t / T): the weight of the discrepancy loss after `step` of `total` steps. The paper's A is A' x classes, A' = 2."""
     return amplitude * math.sin(math.pi * step / total)
 
 
@@ -69,11 +69,11 @@ def discrepancies(full, general, kind="l2", multi_label=False):
 def more_loss(full, general, prior, target, discrepancy="l2", prior_weight="sample"):
     """Mean over the batch of prior(y) x discrepancy of the two passes' logits, without the schedule; a scalar.
 
-    full, general: n x K. prior: (K,) class frequencies. target: int (n,), or 0/1 n x K with several labels an image: an image's weight is
+    full, general: n x K. prior: (K,) class frequencies, a tensor or array (several labels: shares of all labels). target: int (n,), or 0/1 n x K with several labels an image: an image's weight is
     then the mean prior of its labels ("sample"), or each logit's difference is weighted by its own class's prior ("class").
     """
     terms = discrepancies(full, general, discrepancy, target.dim() == 2)
-    prior = prior.to(terms)
+    prior = torch.as_tensor(prior, dtype=terms.dtype, device=terms.device)
     if target.dim() == 2 and prior_weight == "class":
         return (terms @ prior).mean()
     weight = prior[target] if target.dim() == 1 else target.to(terms) @ prior / target.sum(1).clamp_min(1)
@@ -97,12 +97,12 @@ def focal_loss(logits, target, gamma=2.0):
 def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
     """Label-distribution-aware margins, N_c^(-1/4) with the largest max_margin (Cao et al., NeurIPS 2019), on a plain linear head:
     the margin is taken off the true class's logit and nothing is scaled. weight: (K,) class weights for the deferred re-weighting, of mean
-    1 over the training images (its code divides by the batch's own mean)."""
+    1 over the training images (its code divides by the batch's own mean). The paper's cosine head times 30 makes the margins far stronger."""
     counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device)
     margins = counts.clamp_min(1) ** -0.25
     margins = margins * (max_margin / margins.max())
     ce = F.cross_entropy(logits - F.one_hot(target, len(counts)) * margins, target, reduction="none")
-    return (ce if weight is None else weight[target] * ce).mean()
+    return (ce if weight is None else torch.as_tensor(weight, dtype=ce.dtype, device=ce.device)[target] * ce).mean()
 
 
 def effective_weights(counts, beta=0.9999):
@@ -128,7 +128,7 @@ def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10
 
     Re-balanced weight: r = (1 / N_k) / sum over the image's labels of 1 / N_j, smoothed to alpha + sigmoid(beta (r - mu)).
     Negative-tolerant logits: z - nu_k, nu_k = kappa log(total / N_k - 1) / scale, for negatives times scale and their loss over it.
-    gamma > 0 makes it its focal form, which the code doubles. target: 0/1 n x K; counts: (K,); total: training images.
+    gamma > 0 makes it its focal form, which the code doubles. The weights take class-aware draws for granted. target: 0/1 n x K; counts: (K,); total: training images.
     """
     counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device).clamp_min(1)
     y = target.to(logits)
@@ -156,10 +156,10 @@ def average_precision(scores, targets):
 
 def f1_scores(scores, targets):
     """(OF1, CF1) in percent of the labels with a positive logit: F1 of all decisions together, and of the mean precision and recall of the
-    classes. scores: logits N x K; targets: 0/1 N x K."""
+    classes that have a positive. scores: logits N x K; targets: 0/1 N x K."""
     chosen, truth = scores > 0, targets > 0
     hit, said, there = (v.double().sum(0) for v in (chosen & truth, chosen, truth))
-    cp, cr = (hit / said.clamp_min(1)).mean(), (hit / there.clamp_min(1)).mean()
+    cp, cr = (hit / said.clamp_min(1))[there > 0].mean(), (hit / there)[there > 0].mean()
     return float(200 * hit.sum() / (said.sum() + there.sum())), float(200 * cp * cr / (cp + cr).clamp_min(1e-12))
 
 
@@ -297,7 +297,7 @@ def make_optimizer(model, args):
     groups = [{"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": args.weight_decay, "scale": 1.0}]
     if factors:
         groups.append({"params": factors, "weight_decay": args.low_rank_decay, "scale": args.low_rank_lr})
-    fused = next(model.parameters()).is_cuda  # takes its rate from the device, as a CUDA graph needs it
+    fused = next(model.parameters()).is_cuda  # the SGD that reads its rate on the device, so that a replayed graph sees each step's
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr)
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=fused, foreach=not fused)
@@ -347,10 +347,10 @@ def parse_args(argv=None):
     parser.add_argument("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment, Cutout")
     model = parser.add_argument_group("model and optimiser; what shows no default has one by dataset, in RECIPES")
     model.add_argument("--arch", help="resnet32, resnet50, resnet152 or another torchvision classifier")
-    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's ImageNet weights (places_lt and the multi-label datasets do)")
+    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's ImageNet weights (places_lt and the multi-label datasets do), clip: from OpenAI's (it does)")
     model.add_argument("--weights", metavar="FILE", help="start from the weights in this file (a last layer of another shape starts afresh)")
-    model.add_argument("--loss", choices=sorted({*SINGLE, *MULTI}), help=f"base loss: {', '.join(SINGLE)}; several labels an image: {', '.join(MULTI)} (default ce, bce)")
-    model.add_argument("--sampling", choices=["natural", "class-aware"], default="natural", help="class-aware: a class at random, then an image of it (default %(default)s)")
+    model.add_argument("--loss", choices=sorted({*SINGLE, *MULTI}), help=f"base loss: {', '.join(SINGLE)}; several labels an image: {', '.join(MULTI)} (default ce, bce). ldam: margins on a plain head, much weaker than its paper's")
+    model.add_argument("--sampling", choices=["natural", "class-aware"], help="class-aware: a class at random, then an image of it (default natural; db: class-aware)")
     model.add_argument("--head", choices=["linear", "text"], default="linear", help="clip: the head starts at random, or at the class names' text features")
     model.add_argument("--optimizer", choices=["sgd", "adamw"], help="(default sgd; clip: adamw)")
     model.add_argument("--epochs", type=int)
@@ -362,16 +362,16 @@ def parse_args(argv=None):
     method.add_argument("--amplitude", type=float, help="A', times the number of classes the peak weight; 0: decomposition alone (2; synth: 0.2)")
     method.add_argument("--rank-ratio", type=float, default=0.1, help="rank over the smaller side of a weight (default %(default)s)")
     method.add_argument("--discrepancy", choices=["l2", "mse", "kl"], default="mse",
-                        help="of the passes' logits: squared distance, the same as a mean over the logits, or KL (default %(default)s)")
+                        help="of the passes' logits: squared distance (the paper's), the same as a mean over the logits, or KL; all times A (default %(default)s)")
     method.add_argument("--prior-weight", choices=["sample", "class"], default="sample", help="several labels: an image's mean prior, or each logit's own (default %(default)s)")
     method.add_argument("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight (default %(default)s)")
     method.add_argument("--detach-general", action="store_true", help="no gradient through the general pass: cheaper")
     method.add_argument("--low-rank-init", choices=["zero", "svd", "random"], default="zero", help="start of B A (default %(default)s)")
-    method.add_argument("--low-rank-only", default="", metavar="REGEX", help="only in layers whose name contains this (default: in all)")
-    method.add_argument("--low-rank-decay", type=float, default=0.0, help="weight decay of A and B; any keeps B A at zero (default %(default)s)")
+    method.add_argument("--low-rank-only", default="", metavar="REGEX", help="only in layers whose name (clip: in the image tower) contains this (default: in all)")
+    method.add_argument("--low-rank-decay", type=float, default=0.0, help="weight decay of A and B; 5e-4 keeps B A near zero (default %(default)s)")
     method.add_argument("--low-rank-lr", type=float, default=1.0, help="rate of A and B over that of the rest (default %(default)s)")
     system = parser.add_argument_group("system")
-    system.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    system.add_argument("--seed", type=seed_number, default=0, help="(default %(default)s)")
     system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
@@ -390,7 +390,7 @@ def parse_args(argv=None):
     if args.imb is None:
         args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0, "synth_mlt": 60.0}.get(args.dataset)
     for flag, least in (("epochs", 1), ("lr", 1e-12), ("batch_size", 2), ("weight_decay", 0), ("amplitude", 0), ("low_rank_decay", 0),
-                        ("low_rank_lr", 0), ("seed", 0), ("split_seed", 0), ("workers", 0)):
+                        ("low_rank_lr", 0), ("workers", 0)):
         value = getattr(args, flag)
         if not (value >= least and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be at least {least:g}")
@@ -417,6 +417,8 @@ def check_same_run(state, args, counts, path):
 def bench(args):
     """Time, on made-up images, the plain step, MORE's two-pass step with and without --detach-general, and inference before and after
     merging; compare parameters and FLOPs; print and write the ratios."""
+    if args.no_more or args.amplitude == 0:
+        raise InputError("--bench: times MORE's step beside the plain one; leave out --no-more and --amplitude 0")
     if args.loss not in SINGLE or "WORLD_SIZE" in os.environ:
         raise InputError("--bench: times one process with a loss for one label an image")
     device = join_processes(args.device)[0]
@@ -480,12 +482,18 @@ def main(argv=None):
     if args.loss not in (MULTI if data.multi_label else SINGLE):
         raise InputError(f"--loss {args.loss}: {data.name} has {'several labels' if data.multi_label else 'one label'} an image; "
                          f"take {', '.join(MULTI if data.multi_label else SINGLE)}")
+    args.sampling = args.sampling or ("class-aware" if args.loss == "db" else "natural")
+    if args.sampling == "class-aware" and args.loss in ("bsce", "ldam"):
+        raise InputError(f"--sampling class-aware: --loss {args.loss} corrects for the class counts itself; take ce or focal")
+    if args.prior_weight == "class" and not data.multi_label:
+        raise InputError("--prior-weight class: for several labels an image; leave it out")
     if args.out is None:
         name = Path(args.dataset).stem + (f"_imb{args.imb:g}" if isinstance(args.imb, float) else "")
         args.out = f"runs/{'base' if args.no_more else 'more'}_{args.loss}_{name}_{args.arch}_seed{args.seed}"
     clip = args.arch.startswith("clip:")
     if args.head == "text" and not (clip and (args.weights or args.pretrained) and data.class_names != [str(c) for c in range(data.num_classes)]):
         raise InputError("--head text: needs --arch clip:..., real weights (--pretrained or --weights) and a dataset that knows its class names")
+    both = not args.no_more and args.amplitude > 0  # else one pass a step
     mean, std = (v.to(device) for v in (CLIP_STATS if clip else channel_stats(data.train.images)))
     steps = batches_in(len(data.train), args.batch_size)
     prior = counts / counts.sum()
@@ -496,6 +504,10 @@ def main(argv=None):
         total_steps=steps * args.epochs,
         prior=torch.tensor(prior, dtype=torch.float32, device=device), counts_t=torch.tensor(counts, dtype=torch.float32, device=device),
         deferred=torch.tensor(effective_weights(counts), dtype=torch.float32, device=device))
+
+    if not both:
+        print(f"{'--no-more' if args.no_more else '--amplitude 0'}: no discrepancy loss" + (", no low-rank term" if args.no_more else "")
+              + "; flags that shape them have no effect")
 
     # ---- model: every weight W_g + B A, at the start exactly the plain network
     torch.manual_seed(args.seed)
@@ -542,6 +554,7 @@ def main(argv=None):
     classes = np.arange(len(data.train)) if args.sampling == "natural" else data.train.labels  # natural: every image is a class of its own, a shuffle
     each = len(data.train) if args.sampling == "natural" else data.num_classes
     sampler = ClassSampler(classes, np.full(each, 1 / each), len(data.train), args.seed)
+    print(f"drawn: {'recall' if data.multi_label else 'accuracy'} on the training images of the epoch, %")
     print(f"{'epoch':>8}{'loss':>8}{'discrep.':>10}{'|BA|/|W|':>9}   drawn:{'many':>6}{'medium':>8}{'few':>8}{'all':>8}   val:{'all':>6}{'img/s':>8}{'left':>10}")
     while epoch < args.epochs:
         start = clock(device)
@@ -563,7 +576,7 @@ def main(argv=None):
             save(begun=(first + done, sums, seconds))
         drawn, correct, apart, loss, extra = sums.cpu().double().numpy()
         n = np.where(drawn > 0, drawn, np.nan)
-        learned, gaps = group_means(100 * correct / n, groups), group_means(apart / n, groups)
+        learned, gaps = group_means(100 * correct / n, groups), group_means(apart / n if both else np.full(len(counts), np.nan), groups)
         epoch += 1
         report["train_seconds"] += seconds
         report["images"] += len(data.train)
@@ -573,13 +586,13 @@ def main(argv=None):
         share = low_rank_share(model)
         left = (args.epochs - epoch) * report["train_seconds"] / epoch
         peak = args.amplitude * env.num_classes * (not args.no_more)
-        row = {"epoch": epoch, "loss": float(loss[0] / len(data.train)), "discrepancy_loss": float(extra[0] / len(data.train)),
+        row = {"epoch": epoch, "loss": float(loss[0] / len(data.train)), "discrepancy_loss": float(extra[0] / len(data.train)) if both else None,
                "weight": sinusoidal_weight(now, env.total_steps, peak) if args.schedule == "sin" else peak, "lr": rate[0],
                "low_rank_share": float(np.mean(list(share.values()) or [0.0])), **{f"drawn_{g}": v for g, v in learned.items()},
                **{f"discrepancy_{g}": gaps[g] for g in GROUPS}, "val_all": val, "images_per_second": len(data.train) / seconds}
         report["log"].append(row)
         report["shares"].append({"epoch": epoch} | share)
-        print(f"{epoch:>4}/{args.epochs:<4}{row['loss']:7.3f}{row['discrepancy_loss']:10.5f}{row['low_rank_share']:9.4f}{'':7}"
+        print(f"{epoch:>4}/{args.epochs:<4}{row['loss']:7.3f}{float(extra[0] / len(data.train)):10.5f}{row['low_rank_share']:9.4f}{'':7}"
               + "".join(f"{show(learned[g]):>8}" for g in (*GROUPS, "all")) + f"{'':6}{show(val):>7}{row['images_per_second']:8.0f}{left / 60:6.1f} min", flush=True)
         if rank == 0:
             write_log(out / "log.csv", report["log"])
@@ -612,6 +625,9 @@ def main(argv=None):
     print(f"\n{'mAP, %' if data.multi_label else 'top-1, %':34}" + "".join(f"{g:>8}" for g in columns))
     for label, acc in results.items():
         print(f"{label:34}" + "".join(f"{show(acc[g]):>8}" for g in columns))
+    if merged_diff is not None:
+        print(f"merged and unmerged logits of {len(sample)} test images (fp32) differ by {merged_diff:.1e} at most"
+              + ("" if merged_diff < 1e-5 else ": MORE THAN ROUNDING, look at the logits' size"))
     if share:
         print("\n|BA| / |W_g| by layer: " + "  ".join(f"{k} {v:.3f}" for k, v in share.items()))
         if ends["few"] is not None and ends["many"] is not None and args.amplitude > 0:

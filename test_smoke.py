@@ -671,14 +671,14 @@ def test_clip_trains_merges_and_loads_back(name, tmp_path):
               (("images", rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)), ("labels", np.arange(6) % 3))}
     np.savez(tmp_path / "few.npz", class_names=np.array(["cat", "dog", "cow"]), **arrays)
     result = more_lt.main(["--dataset", str(tmp_path / "few.npz"), "--arch", f"clip:{name}", "--size", "64", "--epochs", "2", "--batch-size", "6", "--lr", "1e-3",
-                           "--amplitude", "0.1", "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "run"), "--export"])
+                           "--amplitude", "0.1", "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "run"), "--export", "--no-pretrained"])
     assert result["merged_max_abs_diff"] < 1e-5 and result["args"]["optimizer"] == "adamw"
     assert not any("visual" not in layer for layer in result["low_rank_share"]) and max(result["low_rank_share"].values()) > 0
     assert name == "RN50" or any("in_proj_weight" in layer for layer in result["low_rank_share"])
     visual = {k.removeprefix("visual."): v for k, v in torch.load(tmp_path / "run" / "merged.pt", weights_only=True).items() if k.startswith("visual.")}
     open_clip.create_model(name, force_image_size=64).visual.load_state_dict(visual, strict=True)
     with pytest.raises(InputError, match="--head text: needs"):
-        more_lt.main(["--dataset", str(tmp_path / "few.npz"), "--arch", f"clip:{name}", "--head", "text", "--out", str(tmp_path / "never")])
+        more_lt.main(["--dataset", str(tmp_path / "few.npz"), "--arch", f"clip:{name}", "--head", "text", "--no-pretrained", "--out", str(tmp_path / "never")])
 
 
 def test_clip_without_open_clip_is_one_line(monkeypatch):
@@ -1000,11 +1000,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         (["--dataset", str(tiny), "--out", str(tmp_path / "junk"), "--resume"], "cannot be read"),
     ]
     more_lt.main(more_flags(tiny, tmp_path / "more", "--epochs", "1"))
+    both += [(["--dataset", str(tiny), "--seed", str(10 ** 30)], "a seed lies between"), (["--dataset", "synth", "--imb-type", "step"], "--imb-type step: synth")]
     only_more = [
         (["--dataset", str(tiny), "--rank-ratio", "0"], "--rank-ratio 0"),
         (["--dataset", str(tiny), "--amplitude", "-1"], "--amplitude -1"),
         (["--dataset", str(tiny), "--low-rank-only", "blocks.99"], "no layer's name contains"),
         (["--dataset", str(tiny), "--loss", "asl"], "--loss asl: "),
+        (["--dataset", str(tiny), "--loss", "bsce", "--sampling", "class-aware"], "--sampling class-aware: --loss bsce"),
+        (["--dataset", str(tiny), "--prior-weight", "class"], "--prior-weight class"),
+        (["--bench", "--amplitude", "0"], "--bench: "),
         (["--dataset", str(tiny), "--loss", "hinge"], "--loss: invalid choice"),
         (["--dataset", str(tiny), "--lr", "nan"], "--lr nan"),
         (["--dataset", str(tiny), "--head", "text"], "--head text: needs"),
