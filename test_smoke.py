@@ -1153,5 +1153,9 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     assert snippets
+    model = models.build_model("resnet20", 3)
+    (tmp_path / "runs" / "demo_more").mkdir(parents=True)
+    torch.save({"arch": "resnet20", "class_names": ["a", "b", "c"], "mean": torch.zeros(3), "std": torch.ones(3), "model": model.state_dict()},
+               tmp_path / "runs" / "demo_more" / "model.pt")
     for code in snippets:
         exec(compile(code, "README.md", "exec"), {})
