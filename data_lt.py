@@ -158,7 +158,7 @@ def _end_decoders():
 
 def default_workers():
     """Decoding processes for each training process of this machine."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def decode_batches(files, rows, positions, sizes, workers, key=(0,), kind="none", pin=False):
