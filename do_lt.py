@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -698,6 +699,17 @@ def usual_loop(arch, num_classes, photos, labels, device):
     return run
 
 
+def made_up_photographs(folder, size, n):
+    """n ImageFiles over 64 JPEGs of 500 x 375 pixels in `folder`, smooth with a little noise, to be decoded to size x size."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+        noisy = np.asarray(smooth).astype(np.int16) + rng.integers(-8, 9, (375, 500, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i}.jpg", quality=90)
+    return ImageFiles([f"{folder}/{i % 64}.jpg" for i in range(n)], size)
+
+
 def bench(args):
     """Time, on made-up images, the bare step, the loop, a stage 2 step with frozen weights, and evaluation; print and write the ratios."""
     if "WORLD_SIZE" in os.environ:
@@ -708,9 +720,10 @@ def bench(args):
     size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
     steps = 8 if device.type == "cpu" or size > 64 else 128
     model = add_owner_masks(build_model(args.arch, k)).to(device, memory_format=torch.channels_last)
-    photos = torch.randint(256, (steps * n, size, size, 3), dtype=torch.uint8)
+    crop, side = (None, size) if size <= 64 else (size, size * 256 // 224)  # large ones as --pack leaves them
+    photos = torch.randint(256, (steps * n, side, side, 3), dtype=torch.uint8)
     labels, (mean, std) = torch.randint(k, (steps * n,)), torch.full((2, 3), 128.0, device=device)
-    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=use_bf16(args.precision, device),
+    env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=crop, bf16=use_bf16(args.precision, device),
                              network=model, num_classes=k, mean=mean, std=std)
     x, y = random_batch(n, size, k, device)
     log_alpha, resident = torch.zeros(k, device=device), (photos.to(device), labels.to(device))
@@ -742,15 +755,21 @@ def bench(args):
     def evaluate_all(weights):
         probs = torch.stack([predict(sub, split, env, args.views) for sub in subs])
         mix(probs.mean(1), weights(probs[:, 1], probs[:, 2])).sum().item()
-    usual = {"usual": (usual_loop(args.arch, k, photos_np, labels.numpy(), device), steps * n)} if size <= 64 else {}
-    measured = measure(usual | {
+    folder = tempfile.TemporaryDirectory()
+    if size <= 64:
+        other = {"usual": (usual_loop(args.arch, k, photos_np, labels.numpy(), device), steps * n)}
+    else:
+        files = made_up_photographs(folder.name, size, steps * n)
+        other = {"loop_jpeg": (lambda: loop(free, training_batches(files, resident[1], sampler.indices(), n, args.aug, [0], mean, std, workers=args.workers)), steps * n)}
+    measured = measure(other | {
         "bare": (bare, steps * n), "do_stage2": (lambda: loop(masked, [(x, y, 1.0)] * steps), steps * n),
-        "loop": (lambda: loop(free, training_batches(*resident, sampler.indices(), n, args.aug, [0], mean, std)), steps * n),
+        "loop": (lambda: loop(free, training_batches(*resident, sampler.indices(), n, args.aug, [0], mean, std, crop=crop)), steps * n),
         "eval_plain": (lambda: predict(model, split, env).sum().item(), 2 * n),
         "eval_mean": (lambda: evaluate_all(lambda p, q: torch.full((1, 3), 1 / 3, device=device)), 2 * n),
         "eval_instance": (lambda: evaluate_all(instance_weights), 2 * n),
         "lambda": (lambda: instance_weights(cached[:, 1], cached[:, 2]).sum().item(), 2 * n)}, device)
-    report_bench(measured, ([("the loop, strong augmentation, over the usual loop, basic augmentation", "loop", "usual", "at least 2")] if usual else []) + [
+    report_bench(measured, ([("the loop, strong augmentation, over the usual loop, basic augmentation", "loop", "usual", "at least 2")] if size <= 64 else
+                            [(f"the loop from JPEG files, {args.workers} decoding processes, over the bare step", "loop_jpeg", "bare", "no limit")]) + [
         ("the loop (draws, augmentation, log) over the bare step", "loop", "bare", "at least 0.90"),
         ("stage 2 with frozen weights over the bare step", "do_stage2", "bare", "at least 0.95"),
         ("instance weights over equal weights, 3 networks x 3 views", "eval_instance", "eval_mean", "at least 1 / 1.1")],
