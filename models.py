@@ -453,8 +453,8 @@ def load_optimizer(optimizer, state):
     """Load the optimiser's state dict, but keep how this device computes the update: the state may come from another kind."""
     own = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, (group["fused"], group["foreach"]) in zip(optimizer.param_groups, own):
-        pass
+    for group, (fused, foreach) in zip(optimizer.param_groups, own):
+        group |= {"fused": fused, "foreach": foreach}
 
 
 def random_state(device):
