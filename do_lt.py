@@ -36,7 +36,7 @@ RECIPES = {
     "cifar100": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.8"),
     "cifar100 imb 50": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.6"),
     "cifar10": dict(arch="resnet32", epochs="100,50,50", lr="0.05,0.05,0.05", rho=0.7, gamma="0.5,0.8"),
-    "synth": dict(arch="resnet32", epochs="20,8,8", lr="0.1,0.05,0.05", rho=0.7, gamma="0.5,0.8", batch_size=32, aug="basic", tpd_iters=3),
+    "synth": dict(arch="resnet20", epochs="20,8,8", lr="0.1,0.05,0.05", rho=0.7, gamma="0.5,0.8", batch_size=32, aug="basic", tpd_iters=3),
     "imagenet_lt": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.8"),
     "places_lt": dict(arch="resnet152", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.8", pretrained=True),
     "inat18": dict(arch="resnet50", epochs="100,50,50", lr="0.02,0.02,0.02", rho=0.8, gamma="0.5,0.6", importance_images=4),

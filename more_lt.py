@@ -36,8 +36,8 @@ RECIPES = {
     "imagenet_lt": dict(arch="resnet50", epochs=200, lr=0.02, batch_size=256, aug="strong"),
     "places_lt": dict(arch="resnet152", epochs=200, lr=0.02, batch_size=256, aug="strong", pretrained=True),
     "inat18": dict(arch="resnet50", epochs=200, lr=0.02, batch_size=256, aug="strong"),
-    "synth": dict(arch="resnet32", epochs=12, lr=0.05, batch_size=32, aug="basic", amplitude=0.2),
-    "synth_mlt": dict(arch="resnet32", epochs=16, lr=0.05, batch_size=32, aug="basic", amplitude=0.2),
+    "synth": dict(arch="resnet20", epochs=24, lr=0.05, batch_size=32, aug="basic"),
+    "synth_mlt": dict(arch="resnet20", epochs=24, lr=0.05, batch_size=32, aug="basic"),
     "folder": dict(arch="resnet50", epochs=200, lr=0.02, batch_size=256, aug="strong"),
     "voc_mlt": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
     "coco_mlt": dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, aug="strong", pretrained=True),
@@ -359,7 +359,7 @@ def parse_args(argv=None):
     model.add_argument("--weight-decay", type=float, default=5e-4, help="(default %(default)s)")
     method = parser.add_argument_group("method")
     method.add_argument("--no-more", action="store_true", help="the base loss alone, on plain weights: the paired baseline")
-    method.add_argument("--amplitude", type=float, help="A', times the number of classes the peak weight; 0: decomposition alone (2; synth: 0.2)")
+    method.add_argument("--amplitude", type=float, default=2.0, help="A', times the number of classes the peak weight; 0: decomposition alone (default %(default)s)")
     method.add_argument("--rank-ratio", type=float, default=0.1, help="rank over the smaller side of a weight (default %(default)s)")
     method.add_argument("--discrepancy", choices=["l2", "mse", "kl"], default="mse",
                         help="of the passes' logits: squared distance (the paper's), the same as a mean over the logits, or KL; all times A (default %(default)s)")
@@ -381,7 +381,7 @@ def parse_args(argv=None):
     system.add_argument("--export", action="store_true", help="write the merged network as a plain state dict, merged.pt")
     args = parser.parse_args(argv)
 
-    recipe = {"pretrained": False, "optimizer": "sgd", "amplitude": 2.0} | RECIPES.get(known_name(args.dataset), RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
+    recipe = {"pretrained": False, "optimizer": "sgd"} | RECIPES.get(known_name(args.dataset), RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
     if (args.arch or "").startswith("clip:"):
         recipe |= RECIPES["clip"] | {"optimizer": "adamw"}
     for key, value in recipe.items():
