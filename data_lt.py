@@ -18,8 +18,6 @@ import os
 import re
 import signal
 import sys
-import zipfile
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ import torch.nn.functional as F
 
 VAL_PER_CLASS = 50  # left-out training images that serve as validation split, at most, per class
 GROUPS = ("many", "medium", "few")
+DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0, "synth_mlt": 60.0}  # elsewhere: the data as they are
 
 
 class InputError(ValueError):
@@ -65,7 +64,8 @@ def class_groups(counts, many=100, few=20):
 
 
 def longtail_indices(labels, counts, split_seed=0):
-    """(kept, left): which images the long-tailed split keeps and which it leaves out, both int arrays, classes in ascending order.
+    """(kept, left): which images the long-tailed split keeps, and of those that it leaves out up to VAL_PER_CLASS a class, for validation; int
+    arrays, classes in ascending order.
 
     LDAM-DRW's draw: one legacy RandomState shuffles each class's indices (in dataset order), the first counts[c] are kept.
     Raises ValueError when a class has fewer images than counts asks for.
@@ -188,7 +188,7 @@ def chunk_sizes(total, size):
 
 
 def longtail_multilabel(labels, counts, split_seed=0):
-    """(kept, left): a long-tailed draw for several labels an image, both sorted int arrays.
+    """(kept, left): a long-tailed draw for several labels an image, and up to VAL_PER_CLASS of the other images a class; sorted int arrays.
 
     The class with the fewest images in the data becomes the rarest, and so on. From the rarest class up, images are drawn until the class
     has its count; no other image of it is then taken for a more frequent class. A frequent class may end above its count (the images of
@@ -276,12 +276,12 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     if name in ("synth", "synth_mlt"):
         if imb_type != "exp":
             raise InputError(f"--imb-type {imb_type}: {name} knows exp alone")
-        arrays, source = (synthetic if name == "synth" else synthetic_mlt)(imb or (1 if keep else 60), split_seed), f"{name} made with seed {split_seed}"
+        arrays, source = (synthetic if name == "synth" else synthetic_mlt)(imb or (1 if keep else DEFAULT_IMB[name]), split_seed), f"{name} made with seed {split_seed}"
         keep = True
     elif name in ("cifar10", "cifar100"):
         packed = Path(root) / f"{name}.npz"
         arrays, source = (read_npz(packed), str(packed)) if packed.exists() else (torchvision_cifar(name, root), f"torchvision in {root}")
-        imb = imb or (None if keep else 100)
+        imb = imb or (None if keep else DEFAULT_IMB[name])
     elif name in PUBLISHED:
         arrays, source = read_lists(name, Path(root), Path(lists or root), size)
     elif name in MULTI_LABEL:
@@ -303,8 +303,9 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         raise InputError("--imb-type step: give the ratio as --imb")
     keep = keep or imb is None
 
-    for key in [k for k in arrays if k.endswith("_labels")]:
-        arrays[key] = check_labels(source, key, arrays[key])
+    for key in ("train_labels", "val_labels", "test_labels"):
+        if key in arrays:
+            arrays[key] = check_labels(source, key, arrays[key])
     multi = arrays["train_labels"].ndim == 2
     names = arrays.get("class_names")
     num_classes = len(names) if names is not None else arrays["train_labels"].shape[1] if multi else int(arrays["train_labels"].max()) + 1
@@ -313,7 +314,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     for part in ("train", "val", "test"):
         images, labels = arrays.get(f"{part}_images"), arrays.get(f"{part}_labels")
         if images is not None and labels is not None:
-            splits[part] = check_split(source, part, images, labels, num_classes)
+            splits[part] = check_split(source, part, images, labels, num_classes, multi)
     train = splits["train"]
     available = class_counts(train.labels, num_classes)
     if available.min() == 0:
@@ -327,7 +328,8 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
             raise InputError(f"{source} with --imb {imb:g}: {error}") from None
         if class_counts(train.labels[kept], num_classes).min() == 0:
             raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; take a smaller ratio")
-        splits.setdefault("val", train.subset(left))
+        if not len(splits.get("val", ())):
+            splits["val"] = train.subset(left)
         train = train.subset(kept)
     val = splits.get("val", train.subset(np.arange(0)))
     return Dataset(name, train, val, splits["test"], class_counts(train.labels, num_classes), names, source, crop)
@@ -356,15 +358,15 @@ def check_labels(source, key, labels):
     return labels.astype(np.uint8)
 
 
-def check_split(source, part, images, labels, num_classes):
-    """A Split from raw arrays, grey images repeated to three channels. Raises InputError for wrong shapes, types or labels."""
+def check_split(source, part, images, labels, num_classes, multi):
+    """A Split from raw arrays (multi: several labels an image), grey images repeated to three channels. Raises InputError for wrong shapes, types or labels."""
     if not isinstance(images, ImageFiles) and images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
     if not isinstance(images, ImageFiles) and (images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8):
         raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, N x H x W x 3 or N x H x W")
-    if labels.shape not in ((len(images),), (len(images), num_classes)):
-        raise InputError(f"{source}: {part}_labels has shape {labels.shape} for {len(images)} images; store one number an image, or a row of "
-                         f"{num_classes}")
+    if labels.shape != ((len(images), num_classes) if multi else (len(images),)):
+        raise InputError(f"{source}: {part}_labels has shape {labels.shape} for {len(images)} images; store {f'a row of {num_classes}' if multi else 'one number'} an "
+                         "image, as in train_labels")
     if labels.ndim == 1 and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise InputError(f"{source}: {part}_labels run from {labels.min()} to {labels.max()}; they must lie in 0..{num_classes - 1}")
     return Split(images, labels)
@@ -377,10 +379,8 @@ def read_npz(path):
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of an .npz with train_images, train_labels, ...") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+    except Exception as error:  # a cut or garbled archive fails in a dozen ways
         raise InputError(f"{path}: damaged or cut short ({type(error).__name__}); copy or download it again") from None
-    except Exception as error:  # lzma.LZMAError, where Python was built with it
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy or download it again") from None
     missing = [k for k in ("train_images", "train_labels", "test_images", "test_labels") if k not in arrays]
     if missing:
         raise InputError(f"{path}: lacks {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
@@ -391,7 +391,8 @@ def pack(data, folder, size, workers):
     """Write a dataset's splits as arrays into `folder`: images uint8 N x size x size x 3 (photographs resized and cut to squares, images in
     memory as they are), labels, class names. They are read memory-mapped (read_packed), without decoding anything again."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("test", "val", "train"):  # train last: its file marks a whole pack
+    (folder / "about.json").unlink(missing_ok=True)  # written last: it marks a whole pack
+    for part in ("train", "val", "test"):
         images, labels = getattr(data, part).images, getattr(data, part).labels
         np.save(folder / f"{part}_labels.npy", labels)
         if not isinstance(images, ImageFiles):
@@ -412,8 +413,9 @@ def pack(data, folder, size, workers):
 
 def known_name(dataset):
     """The name whose recipe and groups a dataset has: its own, or, of a folder that `pack` wrote, that of what was packed."""
-    about = Path(dataset) / "about.json"
-    return json.loads(about.read_text())["name"] if about.is_file() else dataset
+    folder = Path(dataset)
+    packed = (folder / "train_images.npy").is_file() and (folder / "about.json").is_file()
+    return json.loads((folder / "about.json").read_text())["name"] if packed else dataset
 
 
 def read_packed(folder):
@@ -527,7 +529,7 @@ def read_lists(name, root, lists, size):
     Warns when a list has not the published number of images or classes. Raises InputError for an absent list and, before anything is
     trained, for images that are not on disk.
     """
-    published, arrays, absent, total = PUBLISHED[name], {}, [], 0
+    published, parts = PUBLISHED[name], {}
     base = root / name if (root / name).is_dir() else root
     for part in ("train", "val", "test"):
         if part not in published:
@@ -551,14 +553,8 @@ def read_lists(name, root, lists, size):
             names = [str(c) for c in range(len(counts))]
             for path, label in zip(paths, labels.tolist()):
                 names[label] = path.rsplit("/", 2)[-2] if "/" in path else names[label]  # the image's folder
-        paths = [f"{base}/{p}" for p in paths]
-        absent += absent_files(paths)
-        total += len(paths)
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = ImageFiles(paths, size), labels
-    if absent:
-        raise InputError(f"--data-root {root}: {len(absent):,} of {total:,} images of {name}'s lists are not there, the first: "
-                         f"{', '.join(absent[:3])}; put them there or give the folder that holds them")
-    return arrays | {"class_names": names}, f"lists in {lists}, images in {base}"
+        parts[part] = [f"{base}/{p}" for p in paths], labels
+    return with_files(parts, size, root, names, f"lists in {lists}, images in {base}")
 
 
 def draw_shapes(labels, rng):
@@ -869,19 +865,16 @@ def autocontrast(x, _=None):
 
 def equalize(x, _=None):
     """Flatten each channel's histogram."""
-    n, c, h, w = x.shape
-    flat = x.reshape(n * c, h * w).long()
-    hist = torch.zeros(n * c, 256, dtype=torch.long, device=x.device).scatter_add_(1, flat, torch.ones_like(flat))
-    last = hist.gather(1, flat.amax(1, keepdim=True))  # the highest bin in use
-    step = (h * w - last) // 255
-    lut = (hist.cumsum(1) - hist + step // 2) // step.clamp(min=1)
-    return torch.where(step == 0, flat, lut.clamp(0, 255).gather(1, flat)).to(torch.uint8).view(n, c, h, w)
+    from torchvision.transforms.v2.functional import equalize
+    return equalize(x)
 
 
-def affine(x, matrix):
-    """Resample at `matrix` (n x 2 x 3: output to input position, in pixels from the centre), nearest pixel, black outside."""
+def affine(x, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0):
+    """The output's pixel (u, v), counted from the centre, is the input's at (a u + b v + tx, c u + d v + ty): the nearest one, black outside.
+    a..ty: a number for all images, or a tensor (n,)."""
     n, _, h, w = x.shape
-    matrix = matrix.float()
+    rows = [v if torch.is_tensor(v) else torch.full((n,), v, dtype=torch.double, device=x.device) for v in (a, b, tx, c, d, ty)]
+    matrix = torch.stack(rows, 1).view(n, 2, 3).float()
     ys, xs = torch.meshgrid(torch.arange(h, device=x.device) + 0.5 - h / 2, torch.arange(w, device=x.device) + 0.5 - w / 2, indexing="ij")
     base = torch.stack([xs, ys, torch.ones_like(xs)], -1).view(1, h * w, 3)
     scaled = torch.stack([matrix[:, 0] * (2 / w), matrix[:, 1] * (2 / h)], 2)  # grid_sample counts -1..1 across the image
@@ -889,39 +882,30 @@ def affine(x, matrix):
     return F.grid_sample(x.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).round_().to(torch.uint8)
 
 
-def _matrix(a, b, tx, c, d, ty):
-    return torch.stack([torch.stack([a, b, tx], 1), torch.stack([c, d, ty], 1)], 1)
-
-
 def shear_x(x, s):
     """Shear along x by s (a ratio), keeping the top row, as torchvision's RandAugment does."""
-    one, zero = torch.ones_like(s), torch.zeros_like(s)
-    return affine(x, _matrix(one, s, s * x.shape[2] / 2, zero, one, zero))
+    return affine(x, b=s, tx=s * x.shape[2] / 2)
 
 
 def shear_y(x, s):
     """Shear along y by s (a ratio), keeping the left column."""
-    one, zero = torch.ones_like(s), torch.zeros_like(s)
-    return affine(x, _matrix(one, zero, zero, s, one, s * x.shape[3] / 2))
+    return affine(x, c=s, ty=s * x.shape[3] / 2)
 
 
 def translate_x(x, s):
     """Move right by s of the width, in whole pixels."""
-    one, zero = torch.ones_like(s), torch.zeros_like(s)
-    return affine(x, _matrix(one, zero, -(s * x.shape[3]).trunc(), zero, one, zero))
+    return affine(x, tx=-(s * x.shape[3]).trunc())
 
 
 def translate_y(x, s):
     """Move down by s of the height, in whole pixels."""
-    one, zero = torch.ones_like(s), torch.zeros_like(s)
-    return affine(x, _matrix(one, zero, zero, zero, one, -(s * x.shape[2]).trunc()))
+    return affine(x, ty=-(s * x.shape[2]).trunc())
 
 
 def rotate(x, degrees):
     """Rotate counter-clockwise about the centre."""
     angle = degrees * (math.pi / 180)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return affine(x, _matrix(cos, -sin, zero, sin, cos, zero))
+    return affine(x, angle.cos(), -angle.sin(), c=angle.sin(), d=angle.cos())
 
 
 # RandAugment (Cubuk et al., CVPR workshops 2020) with torchvision's list of operations; m is a magnitude in 0..1, s a random sign.
@@ -1198,6 +1182,19 @@ def seed_number(text):
     return int(text)
 
 
+def add_system_arguments(parser, export):
+    """The flags of where and how a method's script runs. export: what --export writes."""
+    system = parser.add_argument_group("system")
+    system.add_argument("--seed", type=seed_number, default=0, help="(default %(default)s)")
+    system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
+    system.add_argument("--bench", action="store_true", help="time the steps of --arch instead, on made-up images")
+    system.add_argument("--out", help="folder of the run (default runs/NAME)")
+    system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    system.add_argument("--export", action="store_true", help=export)
+
+
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     parser.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, imagenet_lt, places_lt, inat18, voc_mlt, coco_mlt, miml, nuswide_scene, "
@@ -1245,7 +1242,7 @@ def main():
             from matplotlib import pyplot as plt
         except ImportError:
             raise InputError("--figure needs matplotlib: pip install matplotlib") from None
-        colours = np.select([ordered > 100, ordered >= 20], ["tab:blue", "tab:orange"], "tab:red")
+        colours = np.repeat(["tab:blue", "tab:orange", "tab:red"], [len(groups[g]) for g in GROUPS])
         plt.figure(figsize=(7, 3))
         plt.bar(np.arange(len(ordered)), ordered, width=1.0, color=list(colours))
         plt.xlabel("classes, most frequent first (blue many, orange medium, red few)")
@@ -1270,6 +1267,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,19 +15,18 @@ import os
 import sys
 import tempfile
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_lt import (GROUPS, ClassSampler, ImageFiles, InputError, add_data_arguments, argument_parser, batches_in, center_crop, channel_stats, class_groups,
-                     crop_flip, decode_batches, default_workers, expected_calibration_error, group_accuracy, known_name, load_dataset,
-                     normalize, on_device, seed_number, show, test_batches,
+from data_lt import (DEFAULT_IMB, GROUPS, ClassSampler, ImageFiles, InputError, add_data_arguments, add_system_arguments, argument_parser, batches_in, center_crop, channel_stats, class_groups,
+                     crop_flip, decode_batches, expected_calibration_error, group_accuracy, group_means, known_name, load_dataset,
+                     normalize, on_device, show, test_batches,
                      training_batches)
 from models import (EXIT_STOPPED, OWNER, Replay, add_owner_masks, all_sum, build_model, check_size, clock, distribute, git_commit,
-                    join_processes, keep_memory, keep_stage_norms, limits, load_checkpoint, load_optimizer, measure, random_batch, random_state, report_bench,
+                    join_processes, keep_stage_norms, limits, load_checkpoint, load_optimizer, measure, random_batch, random_state, report_bench,
                     run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, submodel_state, use_bf16, usual_side, weight_layers, write_atomic, write_json, write_log)
 
 # The paper's values ("Implementation Details") but for the later stages' rate: a cosine from the first stage's, where the paper keeps a
@@ -142,9 +141,8 @@ def fit_temperature(probs, labels):
 
 def simplex_grid(T, n):
     """All points of the simplex whose T coordinates are multiples of 1 / n: float tensor G x T."""
-    bars = np.array(list(combinations(range(n + T - 1), T - 1)), dtype=np.int64).reshape(math.comb(n + T - 1, T - 1), T - 1)
-    edges = np.concatenate([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), n + T - 1)], 1)
-    return torch.from_numpy(np.diff(edges, axis=1) - 1).float() / n
+    points = np.indices([n + 1] * T).reshape(T, -1).T
+    return torch.from_numpy(points[points.sum(1) == n]).float() / n
 
 
 def view_grams(p1, p2):
@@ -190,11 +188,6 @@ def instance_weights(p1, p2):
     """lambda of each test image: the point of the simplex where its two mixed predictions agree best (Eq. 5).
     p1, p2: predictions of T sub-models for two views, T x U x K probabilities -> lambda, U x T, rows summing to 1."""
     return best_weights(view_grams(p1, p2), one_for_all=False)
-
-
-def group_weights(p1, p2):
-    """One lambda for the whole test set, 1 x T: best mean agreement of the views (as SADE does; Zhang et al., NeurIPS 2022)."""
-    return best_weights(view_grams(p1, p2), one_for_all=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------- predictions
@@ -293,7 +286,7 @@ def stop_if_not_finite(loss, model, where):
 
 
 def make_optimizer(model, lr):
-    """SGD with momentum 0.9; weight decay is added in `train`, where frozen weights are spared."""
+    """SGD with momentum 0.9; weight decay is added in `make_step`, where frozen weights are spared."""
     fused = next(model.parameters()).is_cuda  # the SGD that reads its rate on the device, so that a replayed graph sees each step's
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused, foreach=not fused)
 
@@ -458,7 +451,7 @@ def aggregate(probs, split, env, temperatures):
     result["alone"] = [accuracy(p, split, env) for p in raw]
     hits = (raw.argmax(2).cpu().numpy() == split.labels)  # T x N
     expert = np.zeros(len(env.counts), dtype=np.int64)  # the sub-model whose stage covers the class
-    for t, (stage, (classes, _, _)) in enumerate(env.stages.items()):
+    for t, (classes, _, _) in enumerate(env.stages.values()):
         expert[classes] = t
     oracle = raw[torch.from_numpy(expert[split.labels]).to(probs.device), torch.arange(len(split), device=probs.device)]
     result["oracle_by_true_group"] = accuracy(oracle, split, env)
@@ -569,7 +562,7 @@ def parse_args(argv=None):
     model.add_argument("--lr", help="one number a stage, as 0.05,0.005,0.005")
     model.add_argument("--schedule", help="one word a stage: cosine (to 0) or constant (default %(default)s)", default="cosine")
     model.add_argument("--batch-size", type=int)
-    model.add_argument("--weight-decay", type=float, default=5e-4)
+    model.add_argument("--weight-decay", type=float, default=5e-4, help="(default %(default)s)")
     method = parser.add_argument_group("method")
     method.add_argument("--order", default="many,medium,few", help="the stages: also many,few or many,medium-top,medium-low,few (default %(default)s)")
     method.add_argument("--rho", type=float, help="how strongly medium classes are drawn in their stage")
@@ -588,25 +581,17 @@ def parse_args(argv=None):
     method.add_argument("--trust", type=float, default=0.25,
                         help="how far the mixture goes from equal weights (0) to the best-agreeing ones (1) (default %(default)s)")
     method.add_argument("--views", type=int, default=2, help="random views of a test image, averaged with the clean one (default %(default)s)")
-    system = parser.add_argument_group("system")
-    system.add_argument("--seed", type=seed_number, default=0)
-    system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
-    system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it (default %(default)s)")
-    system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
-    system.add_argument("--bench", action="store_true", help="time the steps of --arch instead, on made-up images")
-    system.add_argument("--out", help="folder of the run (default runs/NAME)")
-    system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
-    system.add_argument("--stage1", metavar="FILE", help="begin behind stage 1 with another run's stage1.pt (same data, seed, stage 1)")
-    system.add_argument("--export", action="store_true", help="write each sub-model as a plain state dict")
+    method.add_argument("--stage1", metavar="FILE", help="begin behind stage 1 with another run's stage1.pt (same data, seed, stage 1)")
+    add_system_arguments(parser, "write each sub-model as a plain state dict")
     args = parser.parse_args(argv)
 
     kind = "cifar100 imb 50" if args.dataset == "cifar100" and args.imb == 50 else known_name(args.dataset)
-    recipe = RECIPES.get(kind, RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
+    recipe = RECIPES.get(kind, RECIPES["cifar100" if kind.endswith(".npz") else "folder"])
     defaults = {key: value for key, value in ({"batch_size": 256, "aug": "strong", "tpd_iters": 20, "importance_images": 20, "pretrained": False} | recipe).items() if getattr(args, key) is None}
     for key, value in defaults.items():
         setattr(args, key, value)
     if args.imb is None:
-        args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}.get(args.dataset)
+        args.imb = DEFAULT_IMB.get(args.dataset)
     known = ("many", "medium", "medium-top", "medium-low", "few")
     args.order = args.order.split(",")
     if set(args.order) - set(known) or len(set(args.order)) != len(args.order) or ("medium" in args.order and set(args.order) & {"medium-top", "medium-low"}):
@@ -714,9 +699,7 @@ def bench(args):
     """Time, on made-up images, the bare step, the loop, a stage 2 step with frozen weights, and evaluation; print and write the ratios."""
     if "WORLD_SIZE" in os.environ:
         raise InputError("--bench: times one process")
-    device = join_processes(args.device)[0]
-    keep_memory()
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    device = join_processes(args)[0]
     size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
     steps = 8 if device.type == "cpu" or size > 64 else 128
     model = add_owner_masks(build_model(args.arch, k)).to(device, memory_format=torch.channels_last)
@@ -782,13 +765,7 @@ def main(argv=None):
     args, commit = parse_args(argv), git_commit()
     if args.bench:
         return bench(args)
-    device, rank, world = join_processes(args.device)
-    if args.batch_size % world or world > max(1, args.batch_size // 4):
-        raise InputError(f"--batch-size {args.batch_size}: the batch of all {world} processes together must be a multiple of {world}, "
-                         "of 4 images a process or more")
-    keep_memory()
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    torch.set_flush_denormal(True)
+    device, rank, world = join_processes(args)
 
     # ---- data
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
@@ -798,10 +775,11 @@ def main(argv=None):
     if data.multi_label:
         raise InputError(f"--dataset {args.dataset} has several labels an image, which DO is not made for; take more_lt.py")
     for stage in list(args.order):
-        if len(stage_classes(counts, stage)) == 0 and (at := args.order.index(stage), stage) != (0, "many"):
+        at = args.order.index(stage)
+        if not len(stage_classes(counts, stage)) and not (stage == "many" and at == 0):
             print(f"warning: no class is {stage}; its stage is left out")
-            for values in (args.order, args.epochs, args.lr, args.schedule):
-                values.pop(at)
+            for values in (args.order, args.epochs, args.lr, args.schedule, *([] if args.gamma == "auto" else [args.gamma])):
+                del values[at:at + 1]  # the last stage has no gamma
     if not args.order:
         raise InputError("--order: none of its stages has a class in this dataset; begin with many")
     served = {s: c if len(c := stage_classes(counts, s)) else np.arange(len(counts)) for s in args.order}  # a first "many" without classes serves all
@@ -889,7 +867,7 @@ def main(argv=None):
         sampler = ClassSampler(data.train.labels, probs, len(data.train), args.seed * 1000 + t)
         steps = batches_in(len(data.train), args.batch_size)
         optimizer = make_optimizer(model, args.lr[t - 1])
-        if optimizer_state and not pruning:
+        if optimizer_state:
             load_optimizer(optimizer, optimizer_state)
             optimizer_state = None
         step = make_step(model, optimizer, args.weight_decay, log_alpha, trainable_masks(model), env, replay=True)
@@ -915,8 +893,7 @@ def main(argv=None):
             epoch += 1
             report["train_seconds"] += seconds
             report["images"] += len(data.train)
-            rates = np.where(drawn > 0, 100 * correct / np.maximum(drawn, 1), np.nan)
-            acc = {g: float(np.nanmean(rates[c])) if len(c) and (drawn[c] > 0).any() else None for g, c in (groups | {"all": np.arange(len(counts))}).items()}
+            acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), groups)
             val = None
             if len(data.val) and (epoch % 10 == 0 or epoch == args.epochs[t - 1]):
                 val = accuracy(predict(model, data.val.images, env)[0], data.val, env)["all"]
@@ -947,11 +924,11 @@ def main(argv=None):
         # ---- TPD: what the stage keeps is frozen, the rest starts afresh; the last stage keeps all that is left
         start = clock(device)
         if t < T:
-            def measure():
+            def validation_accuracy():
                 per_class = accuracy(predict(model, data.val.images, env)[0], data.val, env)["per_class"]
                 return float(np.mean([per_class[c] for c in classes if per_class[c] is not None]))
             ratios = [g / 10 for g in range(10)] if args.gamma == "auto" else [args.gamma[t - 1]]
-            pruned = decouple(model, t, stage, ratios, env, measure if args.gamma == "auto" else None, pruning,
+            pruned = decouple(model, t, stage, ratios, env, validation_accuracy if args.gamma == "auto" else None, pruning,
                               lambda progress: save(out / "last.pt", t, epoch, pruning=progress))
             pruning, gamma, alive = None, ratios[0], pruned["alive"]
             if args.gamma == "auto":

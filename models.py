@@ -5,8 +5,6 @@
     add_owner_masks(model)              one uint8 per conv and linear weight: which stage owns it (0: free)
     submodel_state(model, t)            sub-model t as a plain state dict of the unmodified network
     add_low_rank(model, ratio=0.1)      every weight W becomes W_g + B A; general_only(model) computes with W_g; merge_low_rank(model)
-
-Run as a script it prints parameters, FLOPs and images per second:  python models.py --arch resnet32 --batch-size 256
 """
 import csv
 import json
@@ -31,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_lt import InputError, argument_parser, to_device
+from data_lt import InputError, to_device
 
 OWNER = "weight_owner"  # name of the buffer that add_owner_masks puts beside each weight
 
@@ -95,7 +93,7 @@ def build_model(arch, num_classes, pretrained=False, size=None):
         return ResNetCifar(CIFAR_DEPTHS[arch], num_classes)
     if arch.startswith("clip:"):
         return ClipClassifier(arch.removeprefix("clip:"), num_classes, "openai" if pretrained is True else pretrained or None, size)
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}  # those have several outputs
     if arch not in known:
         raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152 or another classifier of torchvision")
     if not pretrained:
@@ -394,10 +392,14 @@ def stop_at_once():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def join_processes(device_name):
-    """(device, rank, world): under torchrun this process's place among `world`, joined through NCCL (CUDA) or gloo (CPU); else 0 of 1.
-    All processes but the first fall silent on stdout. Raises InputError as pick_device."""
-    world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
+def join_processes(args):
+    """Set the machine up for a run with --device, --precision and --batch-size in args: (device, rank, world), under torchrun this process's
+    place among `world`, joined through NCCL (CUDA) or gloo (CPU), else 0 of 1. All processes but the first fall silent on stdout. Raises
+    InputError as pick_device, and for a batch that cannot be shared out."""
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(args.device)
+    keep_memory()
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.set_flush_denormal(True)
     if world > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if device.type == "cuda":
@@ -407,6 +409,9 @@ def join_processes(device_name):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
+    if args.batch_size % world or args.batch_size < 4 * world:
+        raise InputError(f"--batch-size {args.batch_size}: the batch of all {world} processes together must be a multiple of {world}, "
+                         "of 4 images a process or more")
     return device, dist.get_rank(), world
 
 
@@ -634,20 +639,20 @@ def peak_memory(fn, device):
         return None
 
 
-def measure(calls, device, rounds=5):
+def measure(calls, device):
     """{name: (images/s, peak bytes or None)} of calls {name: (fn, images it processes)}. The calls take turns, so that a machine that
-    slows down slows all of them; after a warm-up round, the median of `rounds`."""
+    slows down slows all of them; after a warm-up round, the median of five."""
     if device.type != "cuda":
         for fn, _ in calls.values():
             fn()
     peaks = {name: peak_memory(fn, device) for name, (fn, _) in calls.items()}  # on a GPU the warm-up: a captured graph keeps its memory
     times = {name: [] for name in calls}
-    for i in range(rounds + 1):
+    for _ in range(6):
         for name, (fn, _) in calls.items():
             start = clock(device)
             fn()
             times[name].append(clock(device) - start)
-    return {name: (images / sorted(times[name][1:])[rounds // 2], peaks[name]) for name, (_, images) in calls.items()}
+    return {name: (images / sorted(times[name][1:])[2], peaks[name]) for name, (_, images) in calls.items()}
 
 
 def report_bench(measured, ratios, arch, device, note, bounds=(), batch=0):
@@ -676,46 +681,3 @@ def report_bench(measured, ratios, arch, device, note, bounds=(), batch=0):
     entry["peak_mib"] |= {name: peak and peak / 2 ** 20 for name, (_, peak) in measured.items()}
     write_json(path, known)
     print(f"  written to {path}")
-
-
-def main():
-    """Print parameters, FLOPs and speed of one architecture."""
-    parser = argument_parser("parameters, FLOPs and images/s of an architecture")
-    parser.add_argument("--arch", default="resnet32")
-    parser.add_argument("--num-classes", type=int, default=100)
-    parser.add_argument("--size", type=int, help="image side in pixels (default 32 for resnet20 .. resnet110, else 224)")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    args = parser.parse_args()
-    keep_memory()
-    device = pick_device(args.device)
-    bf16 = use_bf16(args.precision, device)
-    size = args.size or usual_side(args.arch)
-    model = build_model(args.arch, args.num_classes).to(device, memory_format=torch.channels_last)
-    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {flops(model, size) / 1e6:,.1f} MFLOPs an image of {size} px "
-          "(2 a multiply-add)")
-    x, y = random_batch(args.batch_size, size, args.num_classes, device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
-
-    def forward():
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(x)
-
-    def train():
-        model.train()
-        optimizer.zero_grad()
-        F.cross_entropy(forward().float(), y).backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def infer():
-        model.eval()
-        forward()
-    measured = measure({"training": (train, len(x)), "inference": (infer, len(x))}, device)
-    for name, (rate, peak) in measured.items():
-        print(f"{name} {rate:,.0f} images/s ({device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch_size})")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from data_lt import (GROUPS, ClassSampler, InputError, add_data_arguments, argument_parser, batches_in, channel_stats, default_workers,
+from data_lt import (DEFAULT_IMB, GROUPS, ClassSampler, InputError, add_data_arguments, add_system_arguments, argument_parser, batches_in, channel_stats,
                      expected_calibration_error, group_accuracy, group_means, known_name,
-                     load_dataset, normalize, on_device, seed_number, show, test_batches, training_batches)
+                     load_dataset, normalize, on_device, show, test_batches, training_batches)
 from models import (EXIT_STOPPED, LowRank, Replay, add_low_rank, all_sum, build_model, check_size, clock, distribute, flops, general_only,
-                    git_commit, join_processes, keep_memory, load_checkpoint, load_optimizer, measure, merge_low_rank, random_batch, random_state, report_bench,
+                    git_commit, join_processes, load_checkpoint, load_optimizer, measure, merge_low_rank, random_batch, random_state, report_bench,
                     run_script, save_checkpoint, set_random_state, share_batchnorm, should_stop, stop_at_once, use_bf16, usual_side, write_atomic, write_json, write_log)
 
 CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's, in 0..255
@@ -89,8 +89,8 @@ def focal_loss(logits, target, gamma=2.0):
     """Mean of (1 - p_y)^gamma * CE (Lin et al., ICCV 2017). target: int (n,), or 0/1 n x K with a coin for each label."""
     if target.dim() == 2:
         ce = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
-        return ((1 - (-ce).exp()) ** gamma * ce).mean()
-    ce = F.cross_entropy(logits, target, reduction="none")
+    else:
+        ce = F.cross_entropy(logits, target, reduction="none")
     return ((1 - (-ce).exp()) ** gamma * ce).mean()
 
 
@@ -144,14 +144,10 @@ def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10
 def average_precision(scores, targets):
     """Average precision of each class, (K,) in 0..1, NaN where a class has no positive: the sum over thresholds of precision times the
     gain in recall, images of equal score counted together (scikit-learn's definition). scores: float N x K; targets: 0/1 N x K."""
-    ordered, order = scores.sort(0, descending=True)
-    hits = targets.gather(0, order).double()
-    rank = torch.arange(1, len(scores) + 1, dtype=torch.double, device=scores.device)[:, None]
-    ends = torch.ones_like(ordered, dtype=torch.bool)
-    ends[:-1] = ordered[:-1] != ordered[1:]  # the last image of each run of equal scores
-    precision = torch.where(ends, hits.cumsum(0) / rank, -1.0)
-    at = torch.where(ends, rank.long() - 1, len(scores)).flip(0).cummin(0).values.flip(0)  # each image's end of run
-    return (precision.gather(0, at) * hits).sum(0) / hits.sum(0)
+    ordered, order = scores.T.contiguous().sort(1, descending=True)  # K x N
+    hits = targets.T.gather(1, order).double()
+    above = torch.searchsorted(-ordered, -ordered, right=True)  # images with at least this score
+    return (hits.cumsum(1).gather(1, above - 1) / above * hits).sum(1) / hits.sum(1)
 
 
 def f1_scores(scores, targets):
@@ -164,8 +160,6 @@ def f1_scores(scores, targets):
 
 
 SINGLE, MULTI = ("ce", "bsce", "ldam", "focal"), ("bce", "focal", "asl", "db")  # losses for one label an image, and for several
-
-
 DB_COCO = dict(mu=0.2, scale=2.0)  # the values that Wu et al.'s code has for COCO-MLT
 
 
@@ -271,19 +265,25 @@ def make_step(optimizer, env):
             right = (full.argmax(1) == y).float()[:, None] if y.dim() == 1 else (full > 0).float()
             sums.add_(torch.stack([truth.sum(0), (truth * right).sum(0), (truth * apart[:, None]).sum(0),
                                    base.expand(env.num_classes) * len(y), extra.expand(env.num_classes) * len(y)]))
-    possible = env.device.type == "cuda" and env.world == 1 and env.bf16 and args.optimizer == "sgd" and not getattr(env.network, "random", False)
+    possible = env.device.type == "cuda" and env.world == 1 and env.bf16 and args.optimizer == "sgd" and not env.network.random
     return Replay(step, possible, sums)
 
 
-def train(model, step, rate, data, first, env):
-    """Steps over `data`, batches of (x, y, share), from step `first` of the whole training on, at the learning rates `rate`. Returns
-    (step.sums of these steps, steps done). Ends early when the run is told to stop."""
+def schedule(args, num_classes, first, steps, total):
+    """[(learning rate, weight of the discrepancy loss, whether ldam's re-weighting has begun)] of `steps` steps from step `first` of `total`."""
+    peak = args.amplitude * num_classes * (not args.no_more)  # A = A' C
+    return [(args.lr * (0.5 + 0.5 * math.cos(math.pi * s / total)), sinusoidal_weight(s, total, peak) if args.schedule == "sin" else peak,
+             args.loss == "ldam" and s >= 0.8 * total) for s in range(first, first + steps)]  # LDAM-DRW: the last fifth
+
+
+def train(model, step, plan, data, env):
+    """Steps over `data`, batches of (x, y, share), by `plan` (see schedule). Returns (step.sums of these steps, steps done). Ends early when
+    the run is told to stop."""
     model.train()
     step.sums.zero_()
-    done, peak = 0, env.args.amplitude * env.num_classes  # A = A' C
-    for now, ((x, y, share), lr) in enumerate(zip(data, rate), first):
-        weight = sinusoidal_weight(now, env.total_steps, peak) if env.args.schedule == "sin" else peak
-        step(x, y, (share, lr, weight), env.args.loss == "ldam" and now >= 0.8 * env.total_steps)  # LDAM-DRW: the last fifth
+    done = 0
+    for (x, y, share), (lr, weight, deferred) in zip(data, plan):
+        step(x, y, (share, lr, weight), deferred)
         done += 1
         if (env.world == 1 or done % 16 == 0) and should_stop(env.world, env.device):
             break
@@ -370,25 +370,18 @@ def parse_args(argv=None):
     method.add_argument("--low-rank-only", default="", metavar="REGEX", help="only in layers whose name (clip: in the image tower) contains this (default: in all)")
     method.add_argument("--low-rank-decay", type=float, default=0.0, help="weight decay of A and B; 5e-4 keeps B A near zero (default %(default)s)")
     method.add_argument("--low-rank-lr", type=float, default=1.0, help="rate of A and B over that of the rest (default %(default)s)")
-    system = parser.add_argument_group("system")
-    system.add_argument("--seed", type=seed_number, default=0, help="(default %(default)s)")
-    system.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
-    system.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
-    system.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photographs, for each GPU (default %(default)s)")
-    system.add_argument("--bench", action="store_true", help="time the steps of --arch instead, on made-up images")
-    system.add_argument("--out", help="folder of the run (default runs/NAME)")
-    system.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
-    system.add_argument("--export", action="store_true", help="write the merged network as a plain state dict, merged.pt")
+    add_system_arguments(parser, "write the merged network as a plain state dict, merged.pt")
     args = parser.parse_args(argv)
 
-    recipe = {"pretrained": False, "optimizer": "sgd"} | RECIPES.get(known_name(args.dataset), RECIPES["cifar100" if args.dataset.endswith(".npz") else "folder"])
+    known = known_name(args.dataset)
+    recipe = {"pretrained": False, "optimizer": "sgd"} | RECIPES.get(known, RECIPES["cifar100" if known.endswith(".npz") else "folder"])
     if (args.arch or "").startswith("clip:"):
         recipe |= RECIPES["clip"] | {"optimizer": "adamw"}
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.imb is None:
-        args.imb = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0, "synth_mlt": 60.0}.get(args.dataset)
+        args.imb = DEFAULT_IMB.get(args.dataset)
     for flag, least in (("epochs", 1), ("lr", 1e-12), ("batch_size", 2), ("weight_decay", 0), ("amplitude", 0), ("low_rank_decay", 0),
                         ("low_rank_lr", 0), ("workers", 0)):
         value = getattr(args, flag)
@@ -421,14 +414,12 @@ def bench(args):
         raise InputError("--bench: times MORE's step beside the plain one; leave out --no-more and --amplitude 0")
     if args.loss not in SINGLE or "WORLD_SIZE" in os.environ:
         raise InputError("--bench: times one process with a loss for one label an image")
-    device = join_processes(args.device)[0]
-    keep_memory()
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    device = join_processes(args)[0]
     size, k, n = args.size or usual_side(args.arch), 100, args.batch_size
     steps = 8 if device.type == "cpu" or size > 64 else 128
     counts = torch.arange(k, 0, -1, device=device).float()
     env = argparse.Namespace(args=args, device=device, rank=0, world=1, crop=None, bf16=use_bf16(args.precision, device),
-                             num_classes=k, counts_t=counts, prior=counts / counts.sum(), deferred=None, total_steps=10 ** 9, num_images=None, db={})
+                             num_classes=k, counts_t=counts, prior=counts / counts.sum(), deferred=None, num_images=None, db={})
     plain, more = (build_model(args.arch, k).to(device, memory_format=torch.channels_last) for _ in range(2))
     merged = build_model(args.arch, k).to(device, memory_format=torch.channels_last)
     merged = merge_low_rank(add_low_rank(merged, args.rank_ratio))
@@ -440,7 +431,7 @@ def bench(args):
         env_of = argparse.Namespace(**vars(env) | {"args": argparse.Namespace(**vars(args) | flags)})
         env_of.network = TwoPasses(model, env_of.args.detach_general)
         step = make_step(make_optimizer(model, args), env_of)
-        return lambda: train(model, step, [0.01] * steps, [(x, y, 1.0)] * steps, 0, env_of)[0].sum().item(), steps * n
+        return lambda: train(model, step, [(0.01, 1.0, False)] * steps, [(x, y, 1.0)] * steps, env_of)[0].sum().item(), steps * n
 
     @torch.no_grad()
     def infer(model):
@@ -465,13 +456,7 @@ def main(argv=None):
     if args.bench:
         args.loss = args.loss or "ce"
         return bench(args)
-    device, rank, world = join_processes(args.device)
-    if args.batch_size % world or world > max(1, args.batch_size // 4):
-        raise InputError(f"--batch-size {args.batch_size}: the batch of all {world} processes together must be a multiple of {world}, "
-                         "of 4 images a process or more")
-    keep_memory()
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    torch.set_flush_denormal(True)
+    device, rank, world = join_processes(args)
 
     # ---- data
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
@@ -496,13 +481,11 @@ def main(argv=None):
     both = not args.no_more and args.amplitude > 0  # else one pass a step
     mean, std = (v.to(device) for v in (CLIP_STATS if clip else channel_stats(data.train.images)))
     steps = batches_in(len(data.train), args.batch_size)
-    prior = counts / counts.sum()
     images, labels = on_device(data.train.images, device), torch.from_numpy(data.train.labels).to(device)
     env = argparse.Namespace(
         args=args, device=device, rank=rank, world=world, crop=data.crop, bf16=use_bf16(args.precision, device),
         counts=counts, groups=groups, num_classes=data.num_classes, num_images=len(data.train), db=DB_COCO if data.name == "coco_mlt" else {}, mean=mean, std=std,
-        total_steps=steps * args.epochs,
-        prior=torch.tensor(prior, dtype=torch.float32, device=device), counts_t=torch.tensor(counts, dtype=torch.float32, device=device),
+        prior=torch.tensor(counts / counts.sum(), dtype=torch.float32, device=device), counts_t=torch.tensor(counts, dtype=torch.float32, device=device),
         deferred=torch.tensor(effective_weights(counts), dtype=torch.float32, device=device))
 
     if not both:
@@ -560,11 +543,10 @@ def main(argv=None):
         start = clock(device)
         sampler.set_epoch(epoch)
         first, before, earlier = begun or (0, torch.zeros(5, env.num_classes), 0.0)
-        begun, now = None, epoch * steps
-        rate = [args.lr * (0.5 + 0.5 * math.cos(math.pi * s / env.total_steps)) for s in range(now, now + steps)]
+        begun, plan = None, schedule(args, data.num_classes, epoch * steps, steps, args.epochs * steps)
         batches = training_batches(images, labels, sampler.indices(), args.batch_size, args.aug, [args.seed, epoch], mean, std, first, rank, world,
                                    args.workers, data.crop)
-        sums, done = train(model, step, rate[first:], batches, now + first, env)
+        sums, done = train(model, step, plan[first:], batches, env)
         sums = all_sum(sums, world) + before.to(device)
         if not torch.stack([sums.sum(), *(p.sum() for p in model.parameters())]).isfinite().all():
             if rank == 0:
@@ -585,14 +567,14 @@ def main(argv=None):
             val = evaluate(predict(model, data.val.images, env), data.val, env)["all"]
         share = low_rank_share(model)
         left = (args.epochs - epoch) * report["train_seconds"] / epoch
-        peak = args.amplitude * env.num_classes * (not args.no_more)
-        row = {"epoch": epoch, "loss": float(loss[0] / len(data.train)), "discrepancy_loss": float(extra[0] / len(data.train)) if both else None,
-               "weight": sinusoidal_weight(now, env.total_steps, peak) if args.schedule == "sin" else peak, "lr": rate[0],
+        seen = min(steps * args.batch_size, len(data.train))  # a short last batch is left out
+        row = {"epoch": epoch, "loss": float(loss[0] / seen), "discrepancy_loss": float(extra[0] / seen) if both else None,
+               "weight": plan[0][1], "lr": plan[0][0],
                "low_rank_share": float(np.mean(list(share.values()) or [0.0])), **{f"drawn_{g}": v for g, v in learned.items()},
                **{f"discrepancy_{g}": gaps[g] for g in GROUPS}, "val_all": val, "images_per_second": len(data.train) / seconds}
         report["log"].append(row)
         report["shares"].append({"epoch": epoch} | share)
-        print(f"{epoch:>4}/{args.epochs:<4}{row['loss']:7.3f}{float(extra[0] / len(data.train)):10.5f}{row['low_rank_share']:9.4f}{'':7}"
+        print(f"{epoch:>4}/{args.epochs:<4}{row['loss']:7.3f}{float(extra[0] / seen):10.5f}{row['low_rank_share']:9.4f}{'':7}"
               + "".join(f"{show(learned[g]):>8}" for g in (*GROUPS, "all")) + f"{'':6}{show(val):>7}{row['images_per_second']:8.0f}{left / 60:6.1f} min", flush=True)
         if rank == 0:
             write_log(out / "log.csv", report["log"])
@@ -602,7 +584,7 @@ def main(argv=None):
 
     # ---- evaluation: the general path alone, the whole, and the merged network, which must be the same; a stop is at once from here on
     stop_at_once()
-    start = clock(device)
+    start, bf16 = clock(device), env.bf16
     full = predict(model, data.test.images, env)
     seconds = clock(device) - start
     results, merged_diff, share, ends = {"test": evaluate(full, data.test, env)}, None, low_rank_share(model), {}
@@ -645,7 +627,7 @@ def main(argv=None):
               "split_seed": args.split_seed, "epochs": args.epochs, "args": vars(args), "acc": {g: acc[g] for g in (*GROUPS, "all")},
               "per_class": acc["per_class"], "ece": acc["ece"], "metric": "mAP" if data.multi_label else "top-1", "results": results, "merged_max_abs_diff": merged_diff, "low_rank_share": share, "discrepancy_by_group": ends,
               "images_per_second": report["images"] / report["train_seconds"], "train_seconds": report["train_seconds"], "eval_seconds": seconds,
-              "precision": args.precision, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+              "precision": "bf16" if bf16 else "fp32", "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
               "torch": torch.__version__, "git": commit}
     write_json(out / "result.json", result)
     if not args.no_more:

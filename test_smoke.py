@@ -123,6 +123,14 @@ def test_packed_split_gives_the_same_images(tmp_path):
         assert np.array_equal(getattr(a, part).images, getattr(b, part).images)
         assert np.array_equal(getattr(a, part).labels, getattr(b, part).labels)
     assert a.class_names == b.class_names and (tmp_path / "hist.png").stat().st_size > 1000
+    (tmp_path / "about.json").write_text("{}")  # somebody else's file: no pack
+    assert data_lt.known_name(str(tmp_path)) == str(tmp_path)
+    data_lt.pack(b, tmp_path / "folder", 32, 0)
+    assert all(script.parse_args(["--dataset", str(tmp_path / "folder")]).arch == "resnet32" for script in (do_lt, more_lt)), "an .npz's recipe"
+    np.savez(path, **dict(np.load(path)) | {"val_images": a.val.images[:0], "val_labels": a.val.labels[:0], "coarse_labels": np.array(["x"])})
+    assert len(load_dataset(str(path), imb=100).val) > 0, "an empty validation split counts as none"
+    missing = subprocess.run([sys.executable, HERE / "data_lt.py", "--dataset", "synth", "--pack", tmp_path / "no" / "x.npz"], capture_output=True, text=True)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
 
 
 def test_image_folder_and_val_from_left_out_images(tmp_path):
@@ -315,7 +323,7 @@ def test_instance_weights_against_brute_force(T):
     if T < 4:  # a finer lattice would be needed to locate the optimum itself
         assert (lam - grid[values.argmax(0)]).abs().max() < 1e-2
     assert torch.allclose(do_lt.instance_weights(p1, p1), torch.full_like(lam, 1 / T), atol=1e-3)  # nothing to choose by: equal weights
-    one = do_lt.group_weights(p1, p2)
+    one = do_lt.best_weights(do_lt.view_grams(p1, p2), one_for_all=True)
     assert one.shape == (1, T) and view_mean(p1, p2, one) > values.mean(1).max() - 1e-4
 
 
@@ -458,6 +466,13 @@ def test_flags_stages_auto_gamma_and_stage1(tiny, do_run, tmp_path):
     np.savez(tmp_path / "head.npz", **head)
     empty = do_lt.main(do_flags(tmp_path / "head.npz", tmp_path / "d", "--epochs", "1", "--gamma", "0.6,0.7", "--importance", "random"))
     assert empty["acc"]["few"] is None and empty["args"]["order"] == ["many", "medium"] and len(empty["gammas"]) == 1
+    labels = np.load(tiny)["train_labels"]
+    low = {k: v for k, v in np.load(tiny).items()}
+    thinned = np.concatenate([np.flatnonzero(labels == c)[:40 if 20 <= COUNTS[c] <= 100 else None] for c in range(6)])  # no class is medium-top
+    np.savez(tmp_path / "low.npz", **low | {k: low[k][thinned] for k in ("train_images", "train_labels")})
+    left_out = do_lt.main(do_flags(tmp_path / "low.npz", tmp_path / "e", "--order", "many,medium-top,medium-low,few", "--epochs", "1", "--gamma", "0.3,0.5,0.8",
+                                   "--importance", "l1"))
+    assert left_out["args"]["order"] == ["many", "medium-low", "few"] and left_out["gammas"] == [0.3, 0.8], "a stage left out takes its gamma along"
 
 
 # --------------------------------------------------------------------------------------------------------------- more_lt.py
@@ -894,7 +909,7 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     assert data.counts.tolist() == [2, 2] and data.class_names == ["a", "a"] and data.train.images[1:3].shape == (2, 32, 32, 3)
     assert "lists 4 images, the published one 62,500" in capsys.readouterr().out
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with pytest.raises(InputError, match=r"3 of 12 images of places_lt's lists are not there, the first: .*train/a/2.jpg"):
+    with pytest.raises(InputError, match=r"3 of 12 images are not there, the first: .*train/a/2.jpg"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
     with pytest.raises(InputError, match="--lists .* inat18 needs iNaturalist18_train.txt"):
         load_dataset("inat18", tmp_path)
@@ -967,9 +982,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         (["--dataset", npz("noclass", train_labels=np.where(np.arange(6) == 4, 0, rows) + np.eye(6, dtype=np.int64)[np.zeros(len(rows), int)] * (rows[:, 4:5] > 0), **several)],
          "class 4 has no training image"),
         (["--dataset", npz("twos", train_labels=rows * 2, **several)], "several labels an image are marked by 0 and 1"),
-        (["--dataset", npz("wide", train_labels=rows, **(several | {"test_labels": np.hstack([tests, tests[:, :1]])}))], "or a row of 6"),
+        (["--dataset", npz("wide", train_labels=rows, **(several | {"test_labels": np.hstack([tests, tests[:, :1]])}))], "store a row of 6 an image"),
+        (["--dataset", npz("mixed", test_labels=tests)], "store one number an image, as in train_labels"),
+        (["--dataset", npz("mixed2", train_labels=rows)], "store a row of 6 an image, as in train_labels"),
+        (["--dataset", str(tiny), "--arch", "googlenet"], "--arch googlenet: unknown"),
         (["--dataset", "imagenet_lt", "--data-root", str(tmp_path)], "imagenet_lt needs ImageNet_LT_train.txt"),
-        (["--dataset", "places_lt", "--data-root", str(tmp_path / "lists")], "places_lt's lists are not there, the first: "),
+        (["--dataset", "places_lt", "--data-root", str(tmp_path / "lists")], "images are not there, the first: "),
         (["--dataset", "inat18", "--data-root", str(tmp_path / "lists")], "holds label -1"),
         (["--dataset", str(tiny), "--imb", "most"], "--imb"),
         (["--dataset", str(tiny), "--imb-type", "step"], "--imb-type step"),
