@@ -22,7 +22,7 @@ RUN = $(if $(filter 1,$(GPUS)),$(V),$(V) -m torch.distributed.run --standalone -
 
 demo: .venv/ready  ## both methods on made-up images, about two minutes
 	rm -rf runs/demo_do runs/demo_more
-	$(V) do_lt.py --dataset synth --out runs/demo_do
+	$(V) do_lt.py --dataset synth --export --out runs/demo_do
 	$(V) more_lt.py --dataset synth --loss bsce --out runs/demo_more
 
 test: .venv/ready
@@ -59,10 +59,10 @@ reproduce-places: .venv/ready  ## DATA holds Places' train/ and val/ (256 px), L
 reproduce-inat: .venv/ready  ## DATA holds train_val2018/, LISTS train2018.json and val2018.json or iNaturalist18_*.txt
 	$(call reproduce,inat18,--dataset inat18,ce bsce,do)
 
-reproduce-voc: .venv/ready  ## DATA holds VOCdevkit/VOC2012 and VOC2007, LISTS voc_mlt_train_labels.txt
+reproduce-voc: .venv/ready  ## DATA holds VOCdevkit/VOC2012 and VOC2007, LISTS img_id.txt or voc_mlt_train_labels.txt
 	$(call reproduce,voc_mlt,--dataset voc_mlt,bce asl db)
 
-reproduce-coco: .venv/ready  ## DATA holds train2017/, val2017/ and annotations/, LISTS coco_mlt_train_labels.txt
+reproduce-coco: .venv/ready  ## DATA holds train2017/, val2017/ and annotations/, LISTS img_id.txt or coco_mlt_train_labels.txt
 	$(call reproduce,coco_mlt,--dataset coco_mlt,bce asl db)
 
 clean:  ## what can be made again in minutes; runs/ stays but for the demo

@@ -1172,8 +1172,11 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     assert snippets
     model = models.build_model("resnet20", 3)
-    (tmp_path / "runs" / "demo_more").mkdir(parents=True)
-    torch.save({"arch": "resnet20", "class_names": ["a", "b", "c"], "mean": torch.zeros(3), "std": torch.ones(3), "model": model.state_dict()},
-               tmp_path / "runs" / "demo_more" / "model.pt")
+    for method in ("more", "do"):
+        (tmp_path / "runs" / f"demo_{method}").mkdir(parents=True)
+        torch.save({"arch": "resnet20", "class_names": ["a", "b", "c"], "mean": torch.zeros(3), "std": torch.ones(3), "model": model.state_dict(),
+                    "stages": ["many", "few"]}, tmp_path / "runs" / f"demo_{method}" / "model.pt")
+    for t in (1, 2):
+        torch.save(model.state_dict(), tmp_path / "runs" / "demo_do" / f"submodel{t}.pt")
     for code in snippets:
         exec(compile(code, "README.md", "exec"), {})
