@@ -534,6 +534,13 @@ def test_more_end_to_end_resume_and_baseline(tiny, tmp_path, monkeypatch):
         more_lt.main(more_flags(tiny, tmp_path / f"d{i}", "--epochs", "1", *more))
 
 
+def test_logged_loss_is_the_mean_over_the_images_seen(tiny, tmp_path, monkeypatch):
+    """336 images in batches of 110: the last six are left out; the real loss is replaced by a constant."""
+    monkeypatch.setattr(more_lt, "base_loss", lambda kind, logits, *rest: 0 * logits.sum() + 1)
+    more_lt.main(more_flags(tiny, tmp_path, "--batch-size", "110", "--epochs", "1", "--no-more"))
+    assert abs(losses_of(tmp_path)[0] - 1) < 1e-6
+
+
 def test_multi_label_losses_by_hand():
     """Each formula as its paper prints it, label by label in float64."""
     torch.manual_seed(0)
