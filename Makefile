@@ -1,6 +1,6 @@
 # Two commands for a first look: `make demo` and `make test`. Both set up .venv from requirements.txt.
 #   make bench                     images/s and ratios on this machine (ARCHS="resnet32 resnet50" for others)
-#   make reproduce-cifar DATA=...  and reproduce-imagenet, -places, -inat, -voc, -coco: DO, MORE, their baselines, and a table
+#   make reproduce-cifar DATA=...  also -imagenet, -places, -inat, and without DO -voc, -coco: DO, MORE, its baselines, a table
 # DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: added to every run.
 PYTHON ?= python3
 DATA ?= data

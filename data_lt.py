@@ -313,7 +313,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     splits = {}
     for part in ("train", "val", "test"):
         images, labels = arrays.get(f"{part}_images"), arrays.get(f"{part}_labels")
-        if images is not None and labels is not None:
+        if images is not None and labels is not None and (len(images) or len(labels)):  # an empty validation split counts as none
             splits[part] = check_split(source, part, images, labels, num_classes, multi)
     train = splits["train"]
     available = class_counts(train.labels, num_classes)
@@ -328,8 +328,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
             raise InputError(f"{source} with --imb {imb:g}: {error}") from None
         if class_counts(train.labels[kept], num_classes).min() == 0:
             raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; take a smaller ratio")
-        if not len(splits.get("val", ())):
-            splits["val"] = train.subset(left)
+        splits.setdefault("val", train.subset(left))
         train = train.subset(kept)
     val = splits.get("val", train.subset(np.arange(0)))
     return Dataset(name, train, val, splits["test"], class_counts(train.labels, num_classes), names, source, crop)
@@ -366,7 +365,7 @@ def check_split(source, part, images, labels, num_classes, multi):
         raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, N x H x W x 3 or N x H x W")
     if labels.shape != ((len(images), num_classes) if multi else (len(images),)):
         raise InputError(f"{source}: {part}_labels has shape {labels.shape} for {len(images)} images; store {f'a row of {num_classes}' if multi else 'one number'} an "
-                         "image, as in train_labels")
+                         f"image{', as in train_labels' * (part != 'train')}")
     if labels.ndim == 1 and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise InputError(f"{source}: {part}_labels run from {labels.min()} to {labels.max()}; they must lie in 0..{num_classes - 1}")
     return Split(images, labels)
@@ -379,6 +378,8 @@ def read_npz(path):
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of an .npz with train_images, train_labels, ...") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a cut or garbled archive fails in a dozen ways
         raise InputError(f"{path}: damaged or cut short ({type(error).__name__}); copy or download it again") from None
     missing = [k for k in ("train_images", "train_labels", "test_images", "test_labels") if k not in arrays]

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -141,8 +142,9 @@ def fit_temperature(probs, labels):
 
 def simplex_grid(T, n):
     """All points of the simplex whose T coordinates are multiples of 1 / n: float tensor G x T."""
-    points = np.indices([n + 1] * T).reshape(T, -1).T
-    return torch.from_numpy(points[points.sum(1) == n]).float() / n
+    bars = np.array(list(combinations(range(n + T - 1), T - 1)), dtype=np.int64).reshape(math.comb(n + T - 1, T - 1), T - 1)
+    edges = np.concatenate([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), n + T - 1)], 1)
+    return torch.from_numpy(np.diff(edges, axis=1) - 1).float() / n
 
 
 def view_grams(p1, p2):
