@@ -237,6 +237,7 @@ class Dataset:
 
     @property
     def num_classes(self):
+        """K, the classes that have training images."""
         return len(self.counts)
 
     @property
@@ -252,6 +253,7 @@ class Dataset:
 
     @property
     def multi_label(self):
+        """Whether an image has several labels."""
         return self.train.labels.ndim == 2
 
 
@@ -1031,15 +1033,19 @@ class RowsOf:
         self.rng, self.n, self.rows = rng, n, rows
 
     def integers(self, high, size):
+        """The rows' whole numbers below `high`."""
         return self.rng.integers(high, size=(self.n, *np.atleast_1d(size)[1:]))[self.rows]
 
     def uniform(self, low, high, size):
+        """The rows' numbers between low and high."""
         return self.rng.uniform(low, high, self.n)[self.rows]
 
     def random(self, size):
+        """The rows' numbers between 0 and 1."""
         return self.rng.random(self.n)[self.rows]
 
     def choice(self, values, size):
+        """The rows' choices of `values`."""
         return self.rng.choice(values, self.n)[self.rows]
 
 
@@ -1225,6 +1231,9 @@ def main():
         return
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must be at least 0")
+    for flag, path in (("--pack", args.pack), ("--figure", args.figure)):
+        if path and not (Path(path).parent.is_dir() or (flag == "--pack" and not path.endswith(".npz"))):  # a pack's folder is made
+            raise InputError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     counts, groups = data.counts, data.groups
     print(f"{data.name} from {data.source}: {data.num_classes} classes, {len(data.train):,} train, {len(data.val):,} val, "
@@ -1268,6 +1277,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -129,8 +129,9 @@ def test_packed_split_gives_the_same_images(tmp_path):
     assert all(script.parse_args(["--dataset", str(tmp_path / "folder")]).arch == "resnet32" for script in (do_lt, more_lt)), "an .npz's recipe"
     np.savez(path, **dict(np.load(path)) | {"val_images": a.val.images[:0], "val_labels": a.val.labels[:0], "coarse_labels": np.array(["x"])})
     assert len(load_dataset(str(path), imb=100).val) > 0, "an empty validation split counts as none"
-    missing = subprocess.run([sys.executable, HERE / "data_lt.py", "--dataset", "synth", "--pack", tmp_path / "no" / "x.npz"], capture_output=True, text=True)
-    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
+    for flag in ("--pack", "--figure"):
+        missing = subprocess.run([sys.executable, HERE / "data_lt.py", "--dataset", "synth", flag, tmp_path / "no" / "x.npz"], capture_output=True, text=True)
+        assert missing.returncode == 2 and missing.stderr == f"error: {flag} {tmp_path}/no/x.npz: there is no folder {tmp_path}/no; make it first\n"
 
 
 def test_image_folder_and_val_from_left_out_images(tmp_path):
