@@ -396,6 +396,7 @@ class RunFolder:
         report["train_seconds"] += seconds
         report["images"] += images
         left = (total - report["images"]) * report["train_seconds"] / report["images"] / 60
+        row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}  # a checkpoint takes plain numbers
         report["log"].append(row | {"img/s": images / seconds, "left": f"{left:.1f} min"})
         rows = report["log"]
 
