@@ -3,18 +3,15 @@
 
     python data_lt.py --dataset cifar100 --imb 100                      show a split: a table by group and a histogram
     python data_lt.py --dataset cifar100 --imb 100 --pack split.npz     freeze exactly these images into one file
-    python data_lt.py --dataset imagenet_lt --pack packed --size 256    decode once, into arrays that are read memory-mapped
-    python data_lt.py --table runs/*/result.json                        a table of runs, mean and spread over seeds
+    python data_lt.py --dataset imagenet_lt --pack packed --size 256    decode once, into arrays read memory-mapped
 
-The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), the field's standard; groups as in Liu et al. (CVPR
-2019). What people copy comes first: splits, draws, metrics. These take arrays and counts, use a generator of their own
-and leave the global random state alone.
+The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), groups are those of Liu et al. (CVPR 2019). What
+people copy comes first: splits, draws, metrics; these take arrays and counts and leave the global random state alone.
 """
 import argparse
 import json
 import math
 import os
-import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,15 +29,13 @@ from torchvision.transforms import v2
 
 GROUPS = ("many", "medium", "few")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process among torchrun's
-WORKERS = max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # decoders of photographs
+WORKERS = max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # decode photographs
 VAL_PER_CLASS = 50  # left-out training images that serve as validation split, at most, per class
 DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # elsewhere: as they are
-
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or file, what is wrong and what to do. The scripts exit with code
     2."""
-
 
 # ---------------------------------------------------------------------------------------------------- splits and groups
 
@@ -61,14 +56,12 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
         raise ValueError(f"imb_type {imb_type}: unknown; take exp or step")
     return (counts + 1e-9).astype(np.int64)  # 1e-9: powers that should be whole numbers stay so
 
-
 def class_groups(counts, many=100, few=20):
     """{"many": class indices with more than `many` training images, "few": fewer than `few`, "medium": the others}."""
     counts = np.asarray(counts)
     return {"many": np.flatnonzero(counts > many),
             "medium": np.flatnonzero((counts <= many) & (counts >= few)),
             "few": np.flatnonzero(counts < few)}
-
 
 def longtail_indices(labels, counts, split_seed=0):
     """(kept, left): which images the long-tailed split keeps, and of those that it leaves out up to VAL_PER_CLASS a
@@ -87,7 +80,6 @@ def longtail_indices(labels, counts, split_seed=0):
         kept.append(idx[:n])
         left.append(idx[n:])
     return np.concatenate(kept), np.concatenate([part[:VAL_PER_CLASS] for part in left])
-
 
 def longtail_multilabel(labels, counts, split_seed=0):
     """(kept, left): a long-tailed draw for several labels an image, and up to VAL_PER_CLASS of the other images a
@@ -111,11 +103,9 @@ def longtail_multilabel(labels, counts, split_seed=0):
         left[spare[labels[spare, c] == 1][:VAL_PER_CLASS]] = True
     return np.flatnonzero(taken), np.flatnonzero(left)
 
-
 def class_counts(labels, num_classes):
     """Images of each class, int array (K,). labels: int (N,) or 0/1 N x K."""
     return np.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(0, dtype=np.int64)
-
 
 # ---------------------------------------------------------------------------------------------------------------- draws
 
@@ -133,8 +123,8 @@ class ClassSampler:
     def __init__(self, labels, class_probs, num_samples, seed, rank=0, world_size=1):
         labels, probs = np.asarray(labels), np.asarray(class_probs, dtype=np.float64)
         counts = np.bincount(labels, minlength=len(probs)) if labels.ndim == 1 else labels.sum(0)
-        if np.any((counts == 0) & (probs > 0)):
-            raise ValueError(f"class {int(np.flatnonzero((counts == 0) & (probs > 0))[0])} has probability but no image")
+        if len(absent := np.flatnonzero((counts == 0) & (probs > 0))):
+            raise ValueError(f"class {absent[0]} has probability but no image")
         each = probs / np.maximum(counts, 1)
         self.weights = each[labels] if labels.ndim == 1 else labels @ each  # per image
         self.labels = labels if labels.ndim == 1 else labels.argmax(1)  # several labels: the first one orders the draws
@@ -161,7 +151,6 @@ class ClassSampler:
     def __len__(self):
         return len(range(self.rank, self.num_samples, self.world_size))
 
-
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 def group_means(values, groups):
@@ -173,7 +162,6 @@ def group_means(values, groups):
         return float(known.mean()) if len(known) else None
     return {name: mean(classes) for name, classes in (groups | {"all": np.arange(len(values))}).items()}
 
-
 def group_accuracy(predicted, labels, counts):
     """Top-1 accuracy in percent: {"many", "medium", "few", "all"} (means over the group's classes; None for an empty
     group) and "per_class" (list of K; None for a class without a test image). predicted, labels: int tensors or arrays
@@ -181,8 +169,8 @@ def group_accuracy(predicted, labels, counts):
     predicted, labels, k = np.asarray(predicted), np.asarray(labels), len(counts)
     total = np.bincount(labels, minlength=k)
     per_class = 100 * np.bincount(labels[predicted == labels], minlength=k) / np.where(total == 0, np.nan, total)
-    return group_means(per_class, class_groups(counts)) | {"per_class": [None if np.isnan(v) else float(v) for v in per_class]}
-
+    listed = [None if np.isnan(v) else float(v) for v in per_class]
+    return group_means(per_class, class_groups(counts)) | {"per_class": listed}
 
 def expected_calibration_error(probs, labels, bins=15):
     """ECE in percent: mean gap between confidence and accuracy over equal-width bins (Guo et al., ICML 2017).
@@ -193,13 +181,11 @@ def expected_calibration_error(probs, labels, bins=15):
     gap = torch.zeros(bins, dtype=torch.double, device=probs.device).index_add_(0, which, confidence - hit)
     return float(100 * gap.abs().sum() / len(labels))
 
-
 def table_row(label, acc=None, columns=(*GROUPS, "all")):
     """One aligned line of a table by group, "-" for an empty group; without `acc` the head. acc: {column: percent or
     None}."""
     cells = columns if acc is None else ["-" if acc[c] is None else f"{acc[c]:.1f}" for c in columns]
     return f"{label:40}" + "".join(f"{cell:>8}" for cell in cells)
-
 
 # -------------------------------------------------------------------------------------- augmentation, a batch at a time
 
@@ -208,7 +194,6 @@ def to_device(array, device):
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-
 def crop_flip(images, rng, pad):
     """A random crop of the zero-padded image and a horizontal flip of every second one. uint8 n x 3 x H x W -> the same
     shape."""
@@ -216,10 +201,9 @@ def crop_flip(images, rng, pad):
     top, left, flip = rng.integers(2 * pad + 1, size=n), rng.integers(2 * pad + 1, size=n), rng.random(n) < 0.5
     rows = to_device(top[:, None] + np.arange(h), images.device)
     cols = to_device(left[:, None] + np.where(flip[:, None], np.arange(w)[::-1], np.arange(w)), images.device)
-    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # n x H x W x 3, so that a pixel's channels move together
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # n x H x W x 3: channels move together
     at = torch.arange(n, device=images.device).view(n, 1, 1)
     return padded[at, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
 
 def random_resized_crop(images, rng, size):
     """A random part of each image, 8 to 100 % of its area, 3:4 to 4:3, resized to size x size (bilinear), and a flip of
@@ -229,11 +213,9 @@ def random_resized_crop(images, rng, size):
     area, ratio = rng.uniform(0.08, 1, n), np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
     w, h = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
     left, top, flip = rng.random(n) * (1 - w), rng.random(n) * (1 - h), np.where(rng.random(n) < 0.5, -1, 1)
-    zero = np.zeros(n)
-    boxes = np.stack([w * flip, zero, 2 * left + w - 1, zero, h, 2 * top + h - 1], 1).reshape(n, 2, 3)  # -1..1 across both images
-    grid = F.affine_grid(to_device(boxes.astype(np.float32), images.device), [n, 3, size, size], align_corners=False)
+    boxes = np.array([w * flip, 0 * w, 2 * left + w - 1, 0 * w, h, 2 * top + h - 1], np.float32)  # -1..1
+    grid = F.affine_grid(to_device(boxes.T.reshape(n, 2, 3), images.device), [n, 3, size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
-
 
 def rand_augment(images, rng, group):
     """torchvision's RandAugment (Cubuk et al., CVPR workshops 2020): two operations at a magnitude of 0..18 of 30,
@@ -247,11 +229,9 @@ def rand_augment(images, rng, group):
             out[at] = v2.RandAugment(2, int(rng.integers(19)))(images[at])
     return out
 
-
 def center_crop(images, size):
     """The middle size x size pixels of n x 3 x H x W images; all of them when size is None."""
     return images if size is None else v2.functional.center_crop(images, [size, size])
-
 
 def augment(images, rng, kind="strong", crop=None, group=8):
     """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop, flip, RandAugment). crop:
@@ -264,7 +244,6 @@ def augment(images, rng, kind="strong", crop=None, group=8):
     images = random_resized_crop(images, rng, crop) if crop else crop_flip(images, rng, images.shape[-1] // 8)
     return rand_augment(images.contiguous(), rng, group) if kind == "strong" else images
 
-
 def mixup(x, y, alpha, rng):
     """(mixed images, other labels, lam): each image lam x + (1 - lam) times that at the other end of the batch, lam ~
     Beta(alpha, alpha) once a batch (Zhang et al., ICLR 2018); the loss is lam L(y) + (1 - lam) L(other labels). alpha
@@ -272,12 +251,11 @@ def mixup(x, y, alpha, rng):
     lam = float(rng.beta(alpha, alpha)) if alpha else 1.0
     return (lam * x + (1 - lam) * x.flip(0) if alpha else x), y.flip(0), lam
 
-
 def normalize(images, mean, std):
     """uint8 n x 3 x H x W -> float32 in channels_last order; mean and std: (3,) tensors in 0..255 units on the same
     device."""
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
-
+    x = images.to(torch.float32, memory_format=torch.channels_last)
+    return x.sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
 
 def channel_stats(images):
     """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3; ImageNet's for photographs,
@@ -287,7 +265,6 @@ def channel_stats(images):
     share = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]) * 3 / images.size
     mean, square = share @ np.arange(256), share @ np.arange(256) ** 2
     return torch.tensor(mean).float(), torch.tensor(np.sqrt(square - mean ** 2).clip(1.0)).float()
-
 
 # -------------------------------------------------------------------------------------------------- photographs on disk
 
@@ -321,7 +298,6 @@ class ImageFiles:
             error.with_traceback(None)  # its frames hold the loader, whose workers end when it goes
         raise InputError(message)
 
-
 class _Decoder(torch.utils.data.Dataset):
     """(position, row) -> one photograph of ImageFiles.batches, whatever process decodes it."""
 
@@ -332,13 +308,12 @@ class _Decoder(torch.utils.data.Dataset):
         self.transform = v2.Compose([*cut, v2.PILToTensor()])
 
     def __getitem__(self, item):
-        path = self.files.paths[int(item[1])]
+        path, seed = self.files.paths[int(item[1])], np.random.SeedSequence([*self.key, int(item[0])])
         with reading(path, "replace or remove it"), Image.open(path) as image:
             image = image.convert("RGB")
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(np.random.SeedSequence([*self.key, int(item[0])]).generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
             return self.transform(image)
-
 
 # ------------------------------------------------------------------------------------------------------------- datasets
 
@@ -355,7 +330,6 @@ class Split:
     def subset(self, rows):
         """The Split of these rows."""
         return Split(self.images[rows], self.labels[rows])
-
 
 @dataclass
 class Dataset:
@@ -396,7 +370,7 @@ class Dataset:
         return self
 
     def sampler(self, class_probs, seed, steps=None):
-        """ClassSampler of this process's draws for `steps` whole batches (None: an epoch, as many as there are images for);
+        """ClassSampler of this process's draws for `steps` whole batches (None: an epoch, all that the images make up);
         class_probs None: every image alike."""
         steps, n = steps or len(self.train) // self.batch_size, len(self.train)
         labels, probs = (np.arange(n), np.full(n, 1 / n)) if class_probs is None else (self.train.labels, class_probs)
@@ -429,9 +403,11 @@ class Dataset:
 
     def rows(self, picks):
         """Batches of training images as they are, normalised; picks: a list of int arrays, a batch each."""
-        sizes = [len(p) for p in picks]
-        clean = self.train.images.batches(np.concatenate([[], *picks]).astype(int), sizes, self.workers) if self.files else \
-            (center_crop(self.take(p), self.crop) for p in picks)
+        if self.files:
+            flat, sizes = np.concatenate([[], *picks]).astype(int), [len(p) for p in picks]
+            clean = self.train.images.batches(flat, sizes, self.workers)
+        else:
+            clean = (center_crop(self.take(p), self.crop) for p in picks)
         yield from (normalize(x.to(self.device), self.mean, self.std) for x in clean)
 
     def test_batches(self, images):
@@ -447,7 +423,6 @@ class Dataset:
             for start in starts:
                 x = to_device(images[start:start + size], self.device).permute(0, 3, 1, 2)
                 yield start, center_crop(x, self.crop)
-
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
@@ -478,7 +453,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         source = root / f"{name}.npz" if (root / f"{name}.npz").exists() else f"torchvision in {root}"
         arrays = read_npz(source) if isinstance(source, Path) else torchvision_cifar(name, root)
     elif name in LISTED:
-        arrays, source = LISTED[name](root, Path(lists or root), size or 224, split_seed), f"{root}, lists in {lists or root}"
+        arrays, source = LISTED[name](root, Path(lists or root), size or 224, split_seed), root
     elif path.suffix == ".npz":
         arrays = read_npz(path)
     elif (path / "train_images.npy").is_file():
@@ -486,28 +461,27 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         name, side = arrays["name"], arrays["train_images"].shape[1]
         crop = (size or side * 224 // 256) if arrays["photographs"] else None
         if crop and crop > side:
-            raise InputError(f"--size {crop}: {path} holds images of {side} pixels; pack them larger or take a smaller size")
+            raise InputError(f"--size {crop}: {path} holds images of {side} pixels; pack larger ones or take less")
     elif path.is_dir():
         arrays = read_folder(path, size or 224)
     else:
-        raise InputError(f"--dataset {name}: unknown; take cifar10, cifar100, {', '.join(LISTED)}, synth, an existing .npz or "
-                         "a folder with train/ and test/")
+        raise InputError(f"--dataset {name}: unknown; take cifar10, cifar100, {', '.join(LISTED)}, synth, an "
+                         "existing .npz or a folder with train/ and test/")
     splits, names = check_arrays(source, arrays)
     train, k = splits["train"], len(names)
     if imb is not None:
-        try:  # a file that holds each class's images only as far as some split needs them still has its largest class whole
+        try:  # a file may hold each class only as far as some split needs it, but its largest class whole
             counts = longtail_counts(k, int(class_counts(train.labels, k).max()), imb, imb_type)
             draw = longtail_multilabel if train.labels.ndim == 2 else longtail_indices
             kept, left = draw(train.labels, counts, split_seed)
         except ValueError as error:
             raise InputError(f"{source} with --imb {imb:g}: {error}") from None
         if class_counts(train.labels[kept], k).min() == 0:
-            raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; take a smaller ratio")
+            raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; take less")
         splits.setdefault("val", train.subset(left))
         train = train.subset(kept)
     val = splits.get("val", train.subset(np.arange(0)))
     return Dataset(name, train, val, splits["test"], class_counts(train.labels, k), names, str(source), crop)
-
 
 def check_arrays(source, arrays):
     """({"train", "test" and perhaps "val": Split}, class names) from what a reader gave; grey images get three
@@ -516,33 +490,35 @@ def check_arrays(source, arrays):
     names = [str(n) for n in arrays["class_names"]] if arrays.get("class_names") is not None else None
     splits = {}
     for part in ("train", "val", "test"):
-        key, images, labels = f"{part}_labels", arrays.get(f"{part}_images"), np.asarray(arrays.get(f"{part}_labels", []))
+        key, images = f"{part}_labels", arrays.get(f"{part}_images")
+        labels = np.asarray(arrays.get(key, []))
         if part == "val" and (images is None or not len(images) + len(labels)):
             continue  # an empty validation split counts as none
         labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # MedMNIST keeps a column
         whole = labels.dtype.kind in "iufb" and np.array_equal(labels, labels.astype(np.int64))
         if not whole or labels.ndim not in (1, 2):
-            raise InputError(f"{source}: {key} is {labels.dtype} {labels.shape}; store one whole number an image, or a row of "
-                             "0 and 1")
+            raise InputError(f"{source}: {key} is {labels.dtype} {labels.shape}; store one whole number an image, or a "
+                             "row of 0 and 1")
         if not len(labels):
             raise InputError(f"{source}: {key} is empty; there must be images to train on and to test on")
         several = labels.ndim == 2
         if several and not 0 <= labels.min() <= labels.max() <= 1:
-            raise InputError(f"{source}: {key} holds numbers from {labels.min()} to {labels.max()}; several labels an image "
-                             "are marked by 0 and 1")
+            raise InputError(f"{source}: {key} holds numbers from {labels.min()} to {labels.max()}; several labels an "
+                             "image are marked by 0 and 1")
         if several and not labels.any(1).all():
-            raise InputError(f"{source}: {key} has {int((~labels.any(1)).sum())} images without a label, the first is image "
-                             f"{int(labels.any(1).argmin())}; leave them out")
+            raise InputError(f"{source}: {key} has {int((~labels.any(1)).sum())} images without a label, the first is "
+                             f"image {int(labels.any(1).argmin())}; leave them out")
         if not isinstance(images, ImageFiles):
             images = np.repeat(images[..., None], 3, axis=3) if images.ndim == 3 else images
             if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-                raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, N x H x W x 3 or "
-                                 "N x H x W")
+                raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, N x H x W "
+                                 "x 3 or N x H x W")
         if part == "train":
             multi, k = several, len(names) if names else labels.shape[1] if several else int(labels.max()) + 1
         if labels.shape != ((len(images), k) if multi else (len(images),)):
-            raise InputError(f"{source}: {key} has shape {labels.shape} for {len(images)} images; store "
-                             f"{f'a row of {k}' if multi else 'one number'} an image{', as in train_labels' * (part != 'train')}")
+            wanted = f"a row of {k} an image" if multi else "one number an image"
+            raise InputError(f"{source}: {key} has shape {labels.shape} for {len(images)} images; store {wanted}"
+                             + ", as in train_labels" * (part != "train"))
         if not multi and not 0 <= labels.min() <= labels.max() < k:
             raise InputError(f"{source}: {key} run from {labels.min()} to {labels.max()}; they must lie in 0..{k - 1}")
         splits[part] = Split(images, labels.astype(np.uint8 if multi else np.int64))
@@ -550,7 +526,6 @@ def check_arrays(source, arrays):
     if counts.min() == 0:
         raise InputError(f"{source}: class {int(counts.argmin())} has no training image; drop the class or add images")
     return splits, names or [str(c) for c in range(k)]
-
 
 # -------------------------------------------------------------------------------------------------------------- readers
 
@@ -567,7 +542,6 @@ def reading(path, remedy="copy or download it again"):
         why = str(error).strip().split("\n")[0][:100]
         raise InputError(f"{path}: damaged or of another kind ({type(error).__name__}: {why}); {remedy}") from None
 
-
 def read_npz(path):
     """The arrays of an .npz as a dict. Raises InputError when it is missing, damaged or lacks a key."""
     with reading(path), np.load(path, allow_pickle=False) as file:
@@ -576,7 +550,6 @@ def read_npz(path):
     if missing:
         raise InputError(f"{path}: lacks {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
     return arrays
-
 
 def pack(data, target, size, workers):
     """Freeze a dataset's splits: in one file where `target` ends in .npz, else as arrays in a folder, read
@@ -587,7 +560,8 @@ def pack(data, target, size, workers):
         for part, split in splits.items():
             images, rows = split.images, np.arange(len(split))
             if isinstance(images, ImageFiles):
-                images = torch.cat([*images.batches(rows, 256, workers)]).permute(0, 2, 3, 1).numpy()
+                x = [*images.batches(rows, 256, workers)] or [torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)]
+                images = torch.cat(x).permute(0, 2, 3, 1).numpy()
             arrays |= {f"{part}_images": images, f"{part}_labels": split.labels}
         with open(f"{target}.tmp", "wb") as file:
             np.savez(file, **arrays)
@@ -611,14 +585,12 @@ def pack(data, target, size, workers):
     about = {"name": known_name(data.name), "photographs": photographs, "class_names": data.class_names}
     (target / "about.json").write_text(json.dumps(about))
 
-
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped (copy on write). Raises InputError."""
     with reading(folder, "write it again with --pack"):
         arrays = {f"{part}_{key}": np.load(folder / f"{part}_{key}.npy", mmap_mode="c" if key == "images" else None)
                   for part in ("train", "val", "test") for key in ("images", "labels")}
         return arrays | json.loads((folder / "about.json").read_text())
-
 
 def known_name(dataset):
     """The name whose recipe a dataset has: its own; of a folder that `pack` wrote, that of what was packed; "cifar100"
@@ -627,7 +599,6 @@ def known_name(dataset):
     if (folder / "train_images.npy").is_file() and (folder / "about.json").is_file():
         return json.loads((folder / "about.json").read_text())["name"]
     return "cifar100" if folder.suffix == ".npz" else "folder" if folder.is_dir() else dataset
-
 
 def torchvision_cifar(name, root):
     """CIFAR through torchvision (downloads when the files are absent, process 0 first). Raises InputError when that
@@ -640,18 +611,17 @@ def torchvision_cifar(name, root):
         if not RANK and dist.is_initialized():
             dist.barrier()
     except Exception as error:
-        raise InputError(f"--data-root {root}: no {name} there and no download ({type(error).__name__}); put {cls.filename} "
-                         f"(unpacked, or {name}.npz) into it by hand") from None
-    return {"train_images": train.data, "train_labels": train.targets, "test_images": test.data, "test_labels": test.targets,
-            "class_names": train.classes}
-
+        raise InputError(f"--data-root {root}: no {name} there and no download ({type(error).__name__}); put "
+                         f"{cls.filename} (unpacked, or {name}.npz) into it by hand") from None
+    return {"train_images": train.data, "train_labels": train.targets, "class_names": train.classes,
+            "test_images": test.data, "test_labels": test.targets}
 
 def read_folder(path, size):
     """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*), as ImageFiles of size x size. Raises
     InputError."""
     parts = {p: path / p for p in ("train", "val", "test") if (path / p).is_dir()}
     if "train" not in parts or len(parts) == 1:
-        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has {', '.join(parts) or 'neither'}")
+        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has {[*parts] or 'neither'}")
     if "test" not in parts:  # report on val/, tune on what the long-tailed draw leaves out
         parts["test"] = parts.pop("val")
     arrays = {}
@@ -665,7 +635,6 @@ def read_folder(path, size):
         arrays[f"{part}_labels"] = np.array([names.index(c) for c in folder.classes])[folder.targets]
     return arrays
 
-
 def read_list(path):
     """(paths, class indices of each) of a file of `path class ..` lines, or of iNaturalist's json: two lists. Raises
     InputError."""
@@ -678,7 +647,6 @@ def read_list(path):
         rows = [line.split() for line in text.splitlines() if line.strip()]
         return [row[0] for row in rows], [[int(c) for c in row[1:]] for row in rows]
 
-
 def find_list(lists, choices, published):
     """The first of the files `choices` that is in `lists`, and its read_list; warns when there are not as many images
     as published. Raises InputError."""
@@ -690,7 +658,6 @@ def find_list(lists, choices, published):
         print(f"warning: {found} lists {len(paths):,} images, the published one {published:,}")
     return found, paths, classes
 
-
 def with_files(parts, size, root, names):
     """Arrays as read_npz gives them from {part: (paths, labels)}. Raises InputError when photographs are absent."""
     everything = [path for paths, _ in parts.values() for path in paths]
@@ -700,18 +667,15 @@ def with_files(parts, size, root, names):
     arrays = {f"{part}_images": ImageFiles(paths, size) for part, (paths, _) in parts.items()}
     return arrays | {f"{part}_labels": labels for part, (_, labels) in parts.items()} | {"class_names": names}
 
-
 def multi_hot(rows, num_classes, source):
     """uint8 0/1 N x K from a list of N lists of class indices. Raises InputError, naming `source`, when one is not in
     0..K-1."""
-    flat = [c for row in rows for c in row]
-    if not flat or not 0 <= min(flat) <= max(flat) < num_classes:
-        raise InputError(f"{source}: classes {min(flat, default='none')} to {max(flat, default='none')}; they must lie in "
-                         f"0..{num_classes - 1}")
+    flat = np.array([c for row in rows for c in row] or [-1])
+    if not 0 <= flat.min() <= flat.max() < num_classes:
+        raise InputError(f"{source}: classes {flat.min()} to {flat.max()}; they must lie in 0..{num_classes - 1}")
     labels = np.zeros((len(rows), num_classes), np.uint8)
     labels[np.repeat(np.arange(len(rows)), [len(r) for r in rows]), flat] = 1
     return labels
-
 
 # (classes, most and fewest images of one), then the lists and their lengths, as published: Liu et al., CVPR 2019
 # (ImageNet-LT, Places-LT); Van Horn et al., CVPR 2018 (iNaturalist 2018, whose validation images are the test set).
@@ -723,7 +687,6 @@ PUBLISHED = {
     "inat18": dict(classes=(8142, 1000, 2), train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
                    test=(["iNaturalist18_val.txt", "val2018.json"], 24426)),
 }
-
 
 def read_published(name, root, lists, size, split_seed=0):
     """imagenet_lt, places_lt or inat18 from its list files. Warns when a list has not the published number of images or
@@ -748,10 +711,8 @@ def read_published(name, root, lists, size, split_seed=0):
         parts[part] = [f"{base}/{p}" for p in paths], labels
     return with_files(parts, size, root, names)
 
-
-VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-       "sofa train tvmonitor").split()
-
+VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+       "sheep sofa train tvmonitor").split()
 
 def read_voc_mlt(root, lists, size, split_seed=0):
     """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, by voc_mlt_train_labels.txt (`id class ..`) or the
@@ -772,7 +733,6 @@ def read_voc_mlt(root, lists, size, split_seed=0):
         labels = multi_hot([here or classes_in(year, i) for i, here in zip(rows, known)], 20, source)
         parts[part] = [f"{kit}/{year}/JPEGImages/{i}.jpg" for i in rows], labels
     return with_files(parts, size, root, VOC)
-
 
 def read_coco_mlt(root, lists, size, split_seed=0):
     """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, by coco_mlt_train_labels.txt (`id class ..`) or
@@ -797,7 +757,6 @@ def read_coco_mlt(root, lists, size, split_seed=0):
              "test": ([f"{root}/val2017/{files[i]}" for i in found], multi_hot(list(found.values()), len(names), root))}
     return with_files(parts, size, root, names)
 
-
 def read_miml(root, lists, size, split_seed=0):
     """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels, in ROOT/miml or ROOT: images/1.jpg
     .. and labels.csv, or the published `miml data.mat` (targets 5 x 2000). No official split: 40 % test and 10 %
@@ -812,15 +771,13 @@ def read_miml(root, lists, size, split_seed=0):
             labels = (scipy.io.loadmat(base / "miml data.mat")["targets"].T > 0).astype(np.int64)
             names, files = "desert mountains sea sunset trees".split(), [f"{i + 1}.jpg" for i in range(len(labels))]
     order, n = np.random.RandomState(split_seed).permutation(len(files)), len(files)
-    rows = {"test": np.sort(order[:n * 2 // 5]), "val": np.sort(order[n * 2 // 5:n // 2]), "train": np.sort(order[n // 2:])}
-    parts = {part: ([f"{base}/images/{files[i]}" for i in at], labels[at]) for part, at in rows.items()}
+    rows = {"test": order[:n * 2 // 5], "val": order[n * 2 // 5:n // 2], "train": order[n // 2:]}
+    parts = {part: ([f"{base}/images/{files[i]}" for i in sorted(at)], labels[sorted(at)]) for part, at in rows.items()}
     return with_files(parts, size, root, names)
 
-
-SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass harbor house lake moon mountain "
-          "nighttime ocean plants railroad rainbow reflection road sky snow street sunset temple town valley water waterfall "
-          "window").split()
-
+SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass harbor house lake moon "
+          "mountain nighttime ocean plants railroad rainbow reflection road sky snow street sunset temple town valley "
+          "water waterfall window").split()
 
 def read_nuswide_scene(root, lists, size, split_seed=0):
     """NUS-WIDE's 33 scenes (Chua et al., CIVR 2009) from its published files in `lists`, ImageList/TrainImagelist.txt
@@ -836,10 +793,8 @@ def read_nuswide_scene(root, lists, size, split_seed=0):
         parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in rows], labels[rows]
     return with_files(parts, size, root, SCENES)
 
-
 LISTED = {name: partial(read_published, name) for name in PUBLISHED} | {
     "voc_mlt": read_voc_mlt, "coco_mlt": read_coco_mlt, "miml": read_miml, "nuswide_scene": read_nuswide_scene}
-
 
 def draw_shapes(labels, rng):
     """uint8 n x 32 x 32 x 3: class c is one of five shapes (c // 2: disc, square, triangle, ring, cross), filled (c
@@ -861,29 +816,31 @@ def draw_shapes(labels, rng):
     images = back + rng.uniform(40, 120, (n, 1, 1, 3)) * inside[..., None] + rng.normal(0, 30, (n, 32, 32, 3))
     return images.clip(0, 255).astype(np.uint8)
 
-
 def synthetic(imb=60, seed=0):
     """Ten classes of 32x32 images (draw_shapes), 300 down to 300 / imb for training, 30 for validation and 60 for
     testing of each. The frequent classes teach what stripes are; the rare shapes are told apart by a handful of
     images."""
-    shapes = ("disc", "square", "triangle", "ring", "cross")
-    rng, arrays = np.random.default_rng(seed), {"class_names": [f"{fill} {s}" for s in shapes for fill in ("filled", "striped")]}
+    names = [f"{fill} {s}" for s in ("disc", "square", "triangle", "ring", "cross") for fill in ("filled", "striped")]
+    rng, arrays = np.random.default_rng(seed), {"class_names": names}
     for part, counts in (("train", longtail_counts(10, 300, imb)), ("val", [30] * 10), ("test", [60] * 10)):
         arrays[f"{part}_labels"] = np.repeat(np.arange(10), counts)
         arrays[f"{part}_images"] = draw_shapes(arrays[f"{part}_labels"], rng)
     return arrays
 
-
 # --------------------------------------------------------------------------------------------------- flags, as a script
 
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action):
+        return action.help + " (default %(default)s)" * (action.default not in (None, False))
+
 def argument_parser(description):
-    """An ArgumentParser whose complaints are one line and exit code 2, as all others of the scripts."""
+    """An ArgumentParser whose complaints are one line and exit code 2, as all others of the scripts; --help has the
+    defaults."""
     def error(message):
         raise InputError(f"{message}; --help lists the flags")
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     parser.error = error
     return parser
-
 
 def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf):
     """A flag's type: a finite number with least <= n <= most and above < n < below, or several with commas between,
@@ -898,44 +855,25 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
     read.__name__ = kind.__name__  # for "invalid float value"
     return read
 
-
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="cifar100", help=f"cifar10, cifar100, {', '.join(LISTED)}, synth, or the path of an .npz or an image "
-                                              "folder (default %(default)s)")
-    add("--data-root", default="data", help="where NAME.npz, torchvision's files or listed images are (default %(default)s)")
+    add("--dataset", default="cifar100", help=f"cifar10, cifar100, {', '.join(LISTED)}, synth, or the path of an .npz "
+                                              "or an image folder")
+    add("--data-root", default="data", help="where NAME.npz, torchvision's files or listed images are")
     add("--lists", help="folder of the published list files (default: the data root)")
-    add("--imb", type=lambda text: text if text == "keep" else float(text), help="largest class over smallest, or keep: the data "
-        "as they are (default: cifar 100, synth 60, else keep)")
-    add("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts (default %(default)s)")
-    add("--split-seed", type=number(int, 0, below=2 ** 32), default=0, help="which images the split keeps; 0 is LDAM-DRW's")
+    add("--imb", type=lambda text: text if text == "keep" else float(text), help="largest class over smallest, or "
+        "keep: the data as they are (default: cifar 100, synth 60, else keep)")
+    add("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts")
+    add("--split-seed", type=number(int, 0, below=2 ** 32), default=0, help="images the split keeps; 0: LDAM-DRW's")
     add("--size", type=int, help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
-
 
 def describe(data, split_seed):
     """Print what a dataset is: its images, and its classes by group."""
     counts, groups = data.counts, ", ".join(f"{len(c)} {g}" for g, c in data.groups.items())
-    print(f"{data.name} from {data.source}, split seed {split_seed}: {data.num_classes} classes ({groups}), {len(data.train):,} "
-          f"train ({counts.max()}..{counts.min()} a class), {len(data.val):,} val, {len(data.test):,} test", flush=True)
-
-
-def table(paths):
-    """Lines of a table of runs from their result.json files: mean and standard deviation over the runs whose names
-    differ in the seed alone ("NAME_seedN"). Raises InputError for a file that is none."""
-    runs, columns = {}, (*GROUPS, "all")
-    for path in map(Path, paths):
-        with reading(path, "name result.json files of finished runs"):
-            acc = json.loads(path.read_text())["acc"]
-            name = path.parent.name if path.name == "result.json" else path.stem
-            runs.setdefault(re.sub(r"_seed\d+", "", name), []).append([acc[g] for g in columns])
-    lines = [f"{'':50}{'seeds':>6}" + "".join(f"{g:>14}" for g in columns)]
-    for name, rows in sorted(runs.items()):
-        spread = [f" ± {np.std(v, ddof=1):4.1f}" if len(rows) > 1 and None not in v else "" for v in zip(*rows)]
-        cells = ["-" if None in v else f"{np.mean(v):.1f}{s}" for v, s in zip(zip(*rows), spread)]
-        lines.append(f"{name:50}{len(rows):6}" + "".join(f"{cell:>14}" for cell in cells))
-    return lines
-
+    print(f"{data.name} from {data.source}, split seed {split_seed}: {data.num_classes} classes ({groups}), "
+          f"{len(data.train):,} train ({counts.max()}..{counts.min()} a class), {len(data.val):,} val, "
+          f"{len(data.test):,} test", flush=True)
 
 def draw_histogram(data, path):
     """Training images per class, most frequent first, coloured by group. Raises InputError without matplotlib."""
@@ -953,27 +891,25 @@ def draw_histogram(data, path):
     figure.savefig(path, dpi=120)
     print(f"figure: {path}")
 
-
 def main():
-    """Show a split, freeze it with --pack; or a table of runs."""
+    """Show a split; freeze it with --pack."""
     parser = argument_parser("show a long-tailed split, or freeze it into one file")
     add_data_arguments(parser)
-    parser.add_argument("--pack", metavar="FILE.npz|FOLDER", help="write exactly these train, val and test images into a file, or "
-                        "as arrays of --size pixels (256) into a folder, to be read memory-mapped")
-    parser.add_argument("--workers", type=number(int, 0), default=WORKERS, help="decoders for --pack (default %(default)s)")
+    parser.add_argument("--pack", metavar="FILE.npz|FOLDER", help="write exactly these train, val and test images into "
+                        "a file, or as arrays of --size pixels (256) into a folder, to be read memory-mapped")
+    parser.add_argument("--workers", type=number(int, 0), default=WORKERS, help="decoders for --pack")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")
-    parser.add_argument("--table", nargs="+", metavar="RESULT.json", help="a table of these runs instead, mean and spread")
     args = parser.parse_args()
-    if args.table:
-        return print("\n".join(table(args.table)))
     for flag, path in (("--pack", args.pack), ("--figure", args.figure)):
-        if path and not Path(path).parent.is_dir() and (flag == "--figure" or path.endswith(".npz")):  # a pack's folder is made
+        made = flag == "--pack" and not path.endswith(".npz") if path else True
+        if not made and not Path(path).parent.is_dir():
             raise InputError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     describe(data, args.split_seed)
     print(f"{'group':8}{'classes':>9}{'train':>9}{'val':>9}{'test':>9}")
     for name, classes in data.groups.items():
-        sizes = [class_counts(part.labels, data.num_classes)[classes].sum() for part in (data.train, data.val, data.test)]
+        splits = data.train, data.val, data.test
+        sizes = [class_counts(split.labels, data.num_classes)[classes].sum() for split in splits]
         print(f"{name:8}" + "".join(f"{n:9,}" for n in (len(classes), *sizes)))
     ordered = np.sort(data.counts)[::-1]
     for part in np.array_split(ordered, min(20, len(ordered))):  # the histogram as text, classes sorted by count
@@ -983,7 +919,6 @@ def main():
     if args.pack:
         pack(data, args.pack, args.size or 256, args.workers)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
-
 
 if __name__ == "__main__":
     try:

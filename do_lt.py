@@ -12,19 +12,21 @@ nested sub-models answer together, mixed for each test image (test time).
     python do_lt.py --dataset cifar100 --imb 100 --resume             go on after an interruption
 """
 import math
+from contextlib import suppress
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.optimization import fuse
 from torch.optim.swa_utils import update_bn
 
-from data_lt import (GROUPS, RANK, WORLD, InputError, describe, expected_calibration_error, group_accuracy, group_means,
-                     load_dataset, mixup, number, table_row)
+from data_lt import (GROUPS, RANK, WORLD, InputError, crop_flip, describe, expected_calibration_error, group_accuracy,
+                     group_means, load_dataset, mixup, normalize, number, table_row)
 from models import (OWNER, RunFolder, add_owner_masks, all_sum, autocast, build_model, clock, distribute, fill_in,
-                    keep_stage_rest, learning_rates, owned_layers, predict, ready, run_script, script_parser, seed_torch,
-                    start, stop_unless_finite, plain_state, submodel_state, weight_layers)
+                    keep_stage_rest, learning_rates, owned_layers, ready, run_script, script_parser, start,
+                    stop_unless_finite, plain_state, submodel_state, weight_layers)
 
 # Defaults by dataset; every value is a flag, one number a stage where there are several. "paper": what its
 # "Implementation Details" say, on top of the dataset's (its rate there is a tenth in the later stages).
@@ -32,19 +34,18 @@ LARGE = dict(arch="resnet50", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], rho=0.
 RECIPES = {
     "cifar100": dict(),
     "cifar100 imb 50": dict(gamma=[0.5, 0.6]),
-    "synth": dict(arch="resnet20", epochs=[20, 8, 8], lr=[0.1, 0.05, 0.05], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
+    "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": LARGE,
     "places_lt": LARGE | dict(arch="resnet152", pretrained=1),
     "inat18": LARGE | dict(gamma=[0.5, 0.6], importance_images=4),
     "folder": LARGE,
-    "default": dict(arch="resnet32", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], schedule="cosine,cosine,cosine", warmup=5,
-                    batch_size=128, mixup=0.0, aug="strong", rho=0.7, gamma=[0.5, 0.8], reinit=0.25, tpd_iters=20,
-                    importance_images=20, prune_classifier=0, agg="product", pretrained=0),
-    "paper": dict(batch_size=256, lr=[0.05, 0.005, 0.005], schedule="cosine,constant,constant", warmup=0, mixup=0.0, reinit=1.0,
-                  tpd_iters=1, prune_classifier=1, agg="instance", aug="strong"),
+    "default": dict(arch="resnet32", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], schedule="cosine", warmup=5, mixup=0.0,
+                    batch_size=128, aug="strong", rho=0.7, gamma=[0.5, 0.8], reinit=0.25, tpd_iters=20, pretrained=0,
+                    importance_images=20, prune_classifier=0, agg="product"),
+    "paper": dict(batch_size=256, lr=[0.05, 0.005, 0.005], schedule="cosine,constant,constant", warmup=0, mixup=0.0,
+                  reinit=1.0, tpd_iters=1, prune_classifier=1, agg="instance", aug="strong"),
     "paper, photographs": dict(lr=[0.02, 0.002, 0.002]),
 }
-
 
 class Stage(NamedTuple):
     """What one stage trains with: its group's name and classes (indices), P(class drawn) (K,), log alpha (K,) on the
@@ -59,15 +60,14 @@ class Stage(NamedTuple):
     schedule: str
     gamma: float
 
-
 # ------------------------------------------------------------------ Collaborative Parameter Optimisation (CPO), Eq. 1-3
 
 def stage_classes(counts, stage):
     """Class indices of a stage's group: many > 100, medium 20..100, few < 20 training images; medium-top and medium-low
     split medium at 50 (Table 6). counts: (K,)."""
-    low, high = {"many": (101, np.inf), "medium": (20, 100), "medium-top": (50, 100), "medium-low": (20, 49), "few": (0, 19)}[stage]
+    low, high = {"many": (101, np.inf), "medium": (20, 100), "medium-top": (50, 100), "medium-low": (20, 49),
+                 "few": (0, 19)}[stage]
     return np.flatnonzero((np.asarray(counts) >= low) & (np.asarray(counts) <= high))
-
 
 def stage_class_probs(counts, stage, rho, few="balanced"):
     """Eq. 1: P(class drawn) in a stage, float array (K,), sums to 1.
@@ -85,7 +85,6 @@ def stage_class_probs(counts, stage, rho, few="balanced"):
         probs[stage_classes(counts, stage)] = rho
     return probs / probs.sum()
 
-
 def compensation_alpha(counts, stage, rho):
     """Eq. 3: alpha_t by class, float array (K,). many: 1. medium: rho for medium classes, 1 - rho for the others (the
     paper's scalar rho cancels in the softmax). few: the label frequencies in reverse order, the rarest class gets the
@@ -99,11 +98,9 @@ def compensation_alpha(counts, stage, rho):
         alpha[stage_classes(counts, stage)] = rho
     return alpha
 
-
 def compensation_loss(logits, target, log_alpha):
     """Eq. 2: CE(f(x) - log alpha_t, y), the mean over the batch. logits: n x K; target: int (n,); log_alpha: (K,)."""
     return F.cross_entropy(logits - log_alpha, target)
-
 
 def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng):
     """SGD over `batches` at the learning rates `rates`. masks: {weight: 1 where it is trained, else 0}, without the
@@ -135,11 +132,9 @@ def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng)
             sums.index_add_(1, y, torch.stack([one, (logits.argmax(1) == y).float(), one * loss]))
     return all_sum(sums)
 
-
-def make_optimizer(model, lr, nesterov):
-    """SGD with momentum 0.9; weight decay is added in `train`, where frozen weights are spared."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=nesterov)
-
+def make_optimizer(model, lr, args):
+    """SGD with momentum 0.9 (Nesterov's, but not in the paper); `train` adds weight decay, sparing frozen weights."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=args.recipe != "paper")
 
 def trainable_masks(model, alive=None):
     """{weight: mask} of the layers with frozen weights, for `train`: 1 where no earlier stage owns it. alive: {layer:
@@ -150,22 +145,23 @@ def trainable_masks(model, alive=None):
         masks[layer.weight] = mask.to(layer.weight.dtype)
     return masks if alive is not None or any(getattr(m, OWNER).any() for m in owned_layers(model).values()) else {}
 
-
 def cpo(model, t, stage, data, args, run):
     """Train stage t: its draws and margin; the weights of earlier stages are active and frozen. Goes on from
     run.state."""
     here = run.state if run.state.get("stage") == t else {"epoch": 0}
-    optimizer, masks, network = make_optimizer(model, stage.lr, args.nesterov), trainable_masks(model), distribute(model)
+    optimizer, masks, network = make_optimizer(model, stage.lr, args), trainable_masks(model), distribute(model)
     if here.get("optimizer"):
         optimizer.load_state_dict(here["optimizer"])
     sampler, steps = data.sampler(stage.probs, args.seed * 1000 + t), len(data.train) // data.batch_size
-    print(f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {stage.schedule}; accuracy on the images drawn, and val")
+    print(f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {stage.schedule}; accuracy on the "
+          "images drawn, and val")
     for epoch in range(here["epoch"], stage.epochs):
         began, key = clock(data.device), [args.seed, t, 1, epoch]
-        seed_torch(*key)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rates = learning_rates(stage.lr, epoch, stage.epochs, steps, stage.schedule, args.warmup * (t == 1))
         batches = data.batches(sampler.set_epoch(epoch).indices(), key)
-        sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, np.random.default_rng([*key, RANK]))
+        rng = np.random.default_rng([*key, RANK])
+        sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
         stop_unless_finite(sums[2].sum(), model, f"stage {t}, epoch {epoch + 1}")
         drawn, correct, loss = sums.cpu().double().numpy()
         acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), data.groups)
@@ -175,7 +171,6 @@ def cpo(model, t, stage, data, args, run):
                 steps * data.batch_size, seconds, steps * data.batch_size * sum(args.epochs))
         run.save(model, optimizer, stage=t, epoch=done, rest=model.stage_rest)
     record(model, f"stage {t} ({stage.name}) after CPO", data, args, run)
-
 
 # ---------------------------------------------------------------------- Taylor-guided Parameter Decoupling (TPD), Eq. 4
 
@@ -198,17 +193,14 @@ def taylor_importance(weights, class_losses, kind="taylor", generator=None):
         n += 1
     return [score / max(n, 1) for score in scores]
 
-
 def gradual_ratio(step, dt, g0, g1):
     """Eq. 4: the share pruned after `step` of `dt` steps from ratio g0 to g1, fast at first (Zhu and Gupta 2017)."""
     return g1 + (g0 - g1) * (1 - step / dt) ** 3
 
-
 def last_ratio_before_largest_drop(ratios, accuracies):
     """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls most."""
-    drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])  # not the drop from 0: the next stage needs free weights
+    drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])  # not from 0: the next stage needs free weights
     return ratios[1 + int(drops.argmax())]
-
 
 def importance(model, layers, classes, log_alpha, data, args, kind="taylor", generator=None):
     """taylor_importance of the weights of `layers` to `classes`, by at most --importance-images training images of
@@ -223,15 +215,15 @@ def importance(model, layers, classes, log_alpha, data, args, kind="taylor", gen
                 logits = model(x).float()
             yield compensation_loss(logits, torch.full((len(x),), int(c), device=data.device), log_alpha)
     scores = taylor_importance(weights, losses(), kind, generator)
-    return [all_sum(s * len(mine)) / len(classes) for s in scores] if WORLD > 1 and kind in ("taylor", "fisher") else scores
-
+    shared = WORLD > 1 and kind in ("taylor", "fisher")
+    return [all_sum(s * len(mine)) / len(classes) for s in scores] if shared else scores
 
 def prune_to(model, alive, ratio, scores):
     """Zero the lowest-scored weights until `ratio` of the free ones (owner 0) is pruned; ranks all layers together.
     Updates `alive`."""
     layers = owned_layers(model)
     free = {n: getattr(m, OWNER) == 0 for n, m in layers.items()}
-    flat = torch.cat([s.masked_fill(~alive[n], -1.0)[free[n]] for n, s in zip(layers, scores)])  # pruned ones stay lowest
+    flat = torch.cat([s.masked_fill(~alive[n], -1.0)[free[n]] for n, s in zip(layers, scores)])  # pruned: lowest
     keep = torch.ones_like(flat, dtype=torch.bool)
     keep[flat.argsort(stable=True)[:round(ratio * len(flat))]] = False
     with torch.no_grad():
@@ -239,27 +231,27 @@ def prune_to(model, alive, ratio, scores):
             alive[name][free[name]] = part
             layer.weight.mul_(alive[name] | ~free[name])
 
-
 def prune_gradually(model, alive, before, ratio, t, stage, picks, data, args):
     """From `before` to `ratio` in --tpd-steps steps (Eq. 4), retraining --tpd-iters iterations on `picks` after each;
     BatchNorm's statistics are then those of the pruned network. Updates the model and `alive`."""
     dt, key, network = args.tpd_steps, [args.seed, t, 2, round(100 * ratio)], distribute(model)
-    optimizer, rates = make_optimizer(model, args.tpd_lr, False), learning_rates(args.tpd_lr, 0, 1, dt * args.tpd_iters)
+    all_rates = learning_rates(args.tpd_lr, 0, 1, dt * args.tpd_iters)
+    optimizer = make_optimizer(model, args.tpd_lr, args)
     for step in range(1, dt + 1):
         random = torch.Generator().manual_seed(args.seed * 10 ** 6 + t * 10 ** 4 + round(1000 * ratio) + step)
-        scores = importance(model, owned_layers(model), stage.classes, stage.log_alpha, data, args, args.importance, random)
+        layers = owned_layers(model)
+        scores = importance(model, layers, stage.classes, stage.log_alpha, data, args, args.importance, random)
         prune_to(model, alive, gradual_ratio(step, dt, before, ratio), scores)
         masks = trainable_masks(model, alive)
         for weight, mask in masks.items():  # a weight just pruned must not drift on from zero
             if "momentum_buffer" in optimizer.state[weight]:
                 optimizer.state[weight]["momentum_buffer"].mul_(mask)
         batches = data.batches(picks.reshape(dt, -1)[step - 1], [*key, step])
-        sums = train(network, optimizer, batches, rates[(step - 1) * args.tpd_iters:], stage.log_alpha, masks, data, args,
-                     np.random.default_rng([*key, step, RANK]))
+        rates, rng = all_rates[(step - 1) * args.tpd_iters:], np.random.default_rng([*key, step, RANK])
+        sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
         stop_unless_finite(sums[2].sum(), model, f"pruning after stage {t}")
     with autocast(data.device, args.precision), torch.no_grad():
         update_bn(data.batches(picks[:40 * data.batch_size // WORLD], [*key, 0]), model)
-
 
 def tpd(model, t, stage, data, args, run):
     """Prune what the stage can do without, keep the rest for good (owner t, frozen), and start the pruned weights
@@ -269,9 +261,10 @@ def tpd(model, t, stage, data, args, run):
     alive = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in owned_layers(model).items()}
     if t < len(args.order):
         ratios = [g / 10 for g in range(10)] if args.gamma == "auto" else [gamma]
-        sampler = data.sampler(stage.probs, args.seed * 1000 + t, args.tpd_steps * args.tpd_iters * len(ratios)).set_epoch(10 ** 6)
+        steps = args.tpd_steps * args.tpd_iters * len(ratios)
+        draws = data.sampler(stage.probs, args.seed * 1000 + t, steps).set_epoch(10 ** 6).indices()
         curve, reached = [], []
-        for before, ratio, picks in zip([0.0, *ratios], ratios, sampler.indices().reshape(len(ratios), -1)):
+        for before, ratio, picks in zip([0.0, *ratios], ratios, draws.reshape(len(ratios), -1)):
             if ratio > 0:
                 prune_gradually(model, alive, before, ratio, t, stage, picks, data, args)
             if args.gamma == "auto":
@@ -291,12 +284,11 @@ def tpd(model, t, stage, data, args, run):
         for name, layer in owned_layers(model).items():
             owner = getattr(layer, OWNER)
             owner[(owner == 0) & alive[name]] = t
-            fresh = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)  # Kaiming normal, times --reinit
-            fresh *= args.reinit * math.sqrt(2 / layer.weight[0].numel())
+            fresh = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
+            fresh *= args.reinit * math.sqrt(2 / layer.weight[0].numel())  # Kaiming normal, times --reinit
             layer.weight.copy_(torch.where(owner == 0, fresh, layer.weight))
     run.report["tpd_seconds"] += clock(data.device) - began
     run.save(model, stage=t + 1, epoch=0, rest=model.stage_rest)
-
 
 # ----------------------------------------------------------------------------------- test time: sub-models mixed, Eq. 5
 
@@ -305,7 +297,6 @@ def simplex_lattice(T, n):
     bars = np.array(list(combinations(range(n + T - 1), T - 1))).reshape(-1, T - 1)
     edges = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, n + T - 1)))
     return torch.from_numpy(np.diff(edges, axis=1) - 1).double() / n
-
 
 def instance_weights(p1, p2, shared=False):
     """Eq. 5: lambda of each test image, the mixture whose predictions for two views of the image agree best (cosine
@@ -322,11 +313,11 @@ def instance_weights(p1, p2, shared=False):
     tie = 1e-9 * (lattice - 1 / T).square().sum(1)  # nothing to choose by: equal weights
     values = []
     for a, b in zip(p1.double().split(4096, 1), p2.double().split(4096, 1)):
-        between, first, second = (torch.einsum("tuk,suk->uts", *two).flatten(1) @ pairs for two in ((a, b), (a, a), (b, b)))
+        grams = (torch.einsum("tuk,suk->uts", *two).flatten(1) for two in ((a, b), (a, a), (b, b)))
+        between, first, second = (gram @ pairs for gram in grams)
         values.append(between / (first * second).sqrt().clamp_min(1e-12) - tie)
         values[-1] = values[-1].sum(0, keepdim=True) if shared else lattice[values[-1].argmax(1)]
     return (lattice[sum(values).argmax(1)] if shared else torch.cat(values)).float()
-
 
 def product(logp, w, counts):
     """log of prod_t p_t^a_t * N_c^b * e^(d if c is medium), not normalised: N x K. logp: T x N x K; w: (a_1 .. a_T, b,
@@ -335,7 +326,6 @@ def product(logp, w, counts):
     counts = torch.as_tensor(counts, dtype=logp.dtype, device=logp.device)
     medium = ((counts >= 20) & (counts <= 100)).to(logp)
     return torch.tensordot(w[:-2], logp, 1) + w[-2] * counts.log() + w[-1] * medium
-
 
 def fit_product(logp, labels, counts):
     """The weights w of `product` with the least log loss on held-out images, classes weighing alike, float (T + 2,):
@@ -353,6 +343,20 @@ def fit_product(logp, labels, counts):
     optimizer.step(closure)
     return w.detach()
 
+@torch.no_grad()
+def predict(model, images, data, args, views=0):
+    """Logits of the images and of `views` random crop-and-flip views of each, (1 + views) x N x K on the device. The
+    views depend on --seed alone, so every model sees the same. images: uint8 array N x H x W x 3, or ImageFiles.
+    Processes share the work."""
+    model.eval()
+    out = torch.zeros(1 + views, len(images), data.num_classes, device=data.device)
+    for begin, x in data.test_batches(images):
+        rngs = [np.random.default_rng([args.seed, 3, v, begin]) for v in range(1, 1 + views)]
+        stacked = torch.cat([x] + [crop_flip(x, rng, x.shape[-1] // 8) for rng in rngs])
+        with autocast(data.device, args.precision):
+            logits = model(normalize(stacked, data.mean, data.std)).float()
+        out[:, begin:begin + len(x)] = logits.view(1 + views, len(x), -1)
+    return all_sum(out)
 
 def accuracy(model, split, data, args):
     """group_accuracy of a network on a split's images as they are; nothing but None where the split is empty."""
@@ -360,24 +364,23 @@ def accuracy(model, split, data, args):
         return dict.fromkeys((*GROUPS, "all"))
     return group_accuracy(predict(model, split.images, data, args)[0].argmax(1).cpu(), split.labels, data.counts)
 
-
 def scored(scores, split, data):
     """group_accuracy and ECE of N x K scores, whose softmax are probabilities."""
     labels = torch.from_numpy(split.labels)
     return group_accuracy(scores.argmax(1).cpu(), split.labels, data.counts) | {
         "ece": expected_calibration_error(scores.softmax(1).cpu(), labels)}
 
-
 def bar(model, data, args):
     """What DO has to beat, from stage 1's network before TPD: cross-entropy, with its prior taken off (Menon et al.,
-    ICLR 2021: tau 1), and a product of this one expert; the same views as DO's sub-models get. {name: group_accuracy on
-    the test images}."""
+    ICLR 2021: tau 1), and a product of this one expert; the same views as DO's sub-models get. {name: group_accuracy,
+    test images}."""
     logp = {name: predict(model, split.images, data, args, args.views).log_softmax(2).mean(0)[None]
             for name, split in (("val", data.val), ("test", data.test)) if len(split)}
-    w = fit_product(logp["val"], torch.from_numpy(data.val.labels).to(data.device), data.counts) if "val" in logp else None
-    weights = {"ce": [1.0, 0, 0], "ce_la": [1.0, -1, 0]} | ({"ce_fitted": w} if w is not None else {})
-    return {name: scored(product(logp["test"], torch.as_tensor(w).to(data.device), data.counts), data.test, data) for name, w in weights.items()}
-
+    weights = {"ce": torch.tensor([1.0, 0, 0]), "ce_la": torch.tensor([1.0, -1, 0])}
+    if "val" in logp:
+        weights["ce_fitted"] = fit_product(logp["val"], torch.from_numpy(data.val.labels).to(data.device), data.counts)
+    mixed = {name: product(logp["test"], w.to(data.device), data.counts) for name, w in weights.items()}
+    return {name: scored(scores, data.test, data) for name, scores in mixed.items()}
 
 def aggregate(probs, w, split, stages, data):
     """The four mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K,
@@ -386,11 +389,13 @@ def aggregate(probs, w, split, stages, data):
     T, began = len(probs), clock(data.device)
     lam = {"instance": instance_weights(probs[:, 1], probs[:, 2])}
     seconds = clock(data.device) - began
-    lam |= {"group": instance_weights(probs[:, 1], probs[:, 2], shared=True), "mean": torch.full((1, T), 1 / T, device=data.device)}
+    lam["group"] = instance_weights(probs[:, 1], probs[:, 2], shared=True)
+    lam["mean"] = torch.full((1, T), 1 / T, device=data.device)
     mean, logp = probs.mean(1), torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
     mixed = {name: torch.einsum("tuk,ut->uk", mean, v.expand(len(split), -1)).log() for name, v in lam.items()}
-    result = {"weights_seconds": seconds, "product": w.tolist(), "group_lambda": lam["group"][0].tolist(), "lambda_by_group": {},
-              "aggregations": {name: scored(m, split, data) for name, m in (mixed | {"product": product(logp, w, data.counts)}).items()}}
+    mixed["product"] = product(logp, w, data.counts)
+    result = {"weights_seconds": seconds, "product": w.tolist(), "group_lambda": lam["group"][0].tolist(),
+              "lambda_by_group": {}, "aggregations": {name: scored(m, split, data) for name, m in mixed.items()}}
     for name, classes in data.groups.items():
         chosen = lam["instance"].cpu().numpy()[np.isin(split.labels, classes)]
         result["lambda_by_group"][name] = chosen.mean(0).tolist() if len(chosen) else None
@@ -404,7 +409,6 @@ def aggregate(probs, w, split, stages, data):
     result["at_least_one_right"] = 100 * (mean.argmax(2) == labels).any(0).float().mean().item()
     return result
 
-
 def test_time(model, stages, data, args, run):
     """The sub-models on the test images, mixed; the product's weights are fitted on the validation split (without one:
     a plain mean of logits). Adds to run.report; returns the sub-models' plain state dicts."""
@@ -413,11 +417,13 @@ def test_time(model, stages, data, args, run):
     for t, (sub, state) in enumerate(zip(subs, states), 1):
         sub.load_state_dict(state)
         report["importance_by_group"][f"sub-model {t}"] = importance_by_group(sub, data, args)
+    with suppress(torch.fx.proxy.TraceError):  # BatchNorm goes into the convolutions: the same outputs, sooner
+        subs = [fuse(sub.eval()) for sub in subs]
     w = torch.tensor([1 / T] * T + [0.0, 0.0], device=data.device)
     for name, split in (("val", data.val), ("test", data.test)):
         if len(split):
             began = clock(data.device)
-            probs = torch.empty(T, 1 + args.views, len(split), data.num_classes, device=data.device)  # iNaturalist: 7 GB, so only once
+            probs = torch.empty(T, 1 + args.views, len(split), data.num_classes, device=data.device)
             for sub, p in zip(subs, probs):
                 p.copy_(predict(sub, split.images, data, args, args.views).softmax(2))
             seconds = clock(data.device) - began
@@ -426,7 +432,6 @@ def test_time(model, stages, data, args, run):
                 w = fit_product(logp, torch.from_numpy(split.labels).to(data.device), data.counts)
             report[name] = aggregate(probs, w, split, stages, data) | {"forward_seconds": seconds}
     return states
-
 
 # --------------------------------------------------------------------------------------------------------------- report
 
@@ -439,16 +444,15 @@ def importance_by_group(model, data, args):
         result[name] = float(sum(s.double().sum() for s in scores)) / sum(s.numel() for s in scores) if scores else None
     return result
 
-
 def record(model, label, data, args, run):
     """Accuracy on clean images as the stages pass, for the paper's Table 7; after stage 1's CPO the bar, too."""
-    run.report["submodels"][label] = {"acc": accuracy(model, data.test, data, args), "val": accuracy(model, data.val, data, args)}
-    print(table_row(f"{label}, clean test images", run.report["submodels"][label]["acc"]), flush=True)
+    entry = {"acc": accuracy(model, data.test, data, args), "val": accuracy(model, data.val, data, args)}
+    run.report["submodels"][label] = entry
+    print(table_row(f"{label}, test", entry["acc"]), flush=True)
     if label == "stage 1 (many) after CPO":
         run.report["bar"] = bar(model, data, args)
         run.report["importance_by_group"]["cross-entropy"] = importance_by_group(model, data, args)
         run.write("stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
-
 
 def print_report(report):
     """The tables of the paper, from the figures of this run."""
@@ -465,61 +469,68 @@ def print_report(report):
     for stage, curve in report["pruning_curve"].items():
         print(f"\nAccuracy of {stage} classes on the validation split by ratio pruned (Fig. 4): "
               + "  ".join(f"{g:.1f}: {a:.1f}" for g, a in curve))
-    rows = {"cross-entropy (stage 1)": "ce", "  + logit adjustment, the bar": "ce_la", "  + fitted on validation images": "ce_fitted"}
-    rows = {label: report["bar"][key] for label, key in rows.items() if key in report["bar"]}
+    names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment, the bar", "ce_fitted": "  + fitted"}
+    rows = {names[key]: acc for key, acc in report["bar"].items()}
     rows |= {f"sub-model {t} alone": acc for t, acc in enumerate(test["alone"], 1)}
     rows |= {f"DO, {name}": acc for name, acc in test["aggregations"].items()}
     rows |= {"(diagnosis) oracle by true group": test["oracle_by_true_group"]}
     print("\n" + table_row("Mean over the clean image and its views"))
     print("\n".join(table_row(label, acc) for label, acc in rows.items()))
     print(f"{'(diagnosis) a sub-model is right':64}{test['at_least_one_right']:8.1f}")
-    print(f"instance weights took {test['weights_seconds']:.2f} s, the forward passes they rest on {test['forward_seconds']:.1f} s; "
+    print(f"instance weights took {test['weights_seconds']:.2f} s, the forward passes {test['forward_seconds']:.1f} s; "
           f"weights of the product: {', '.join(f'{v:.2f}' for v in test['product'])}")
 
-
-def figures(report):
-    """{file: (title, {label: one value a group})} of the bar charts."""
-    test = report["test"]
-    groups = lambda acc: [acc[g] for g in GROUPS]
-    rows = {"cross-entropy + logit adjustment": report["bar"]["ce_la"]} if report["bar"] else {}
-    rows |= {f"sub-model {t}": acc for t, acc in enumerate(test["alone"], 1)} | {f"DO, {n}": a for n, a in test["aggregations"].items()}
-    lam = test["lambda_by_group"]
-    return {"accuracy_by_group.png": ("test accuracy by class group, %", {k: groups(v) for k, v in rows.items()}),
-            "lambda_by_group.png": ("mean instance weight by class group", {
-                f"sub-model {t + 1}": [lam[g] and lam[g][t] for g in GROUPS] for t in range(len(test["alone"]))}),
-            "importance_by_group.png": ("mean Taylor importance of a weight by class group", {
-                k: groups(v) for k, v in report["importance_by_group"].items()})}
-
+def draw_figures(report, run):
+    """The same as bar charts by class group, when matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no figures: pip install matplotlib to have them drawn")
+    test, groups = report["test"], lambda acc: [acc[g] for g in GROUPS]
+    rows = {"cross-entropy + logit adjustment": groups(report["bar"]["ce_la"])} if report["bar"] else {}
+    rows |= {f"sub-model {t}": groups(acc) for t, acc in enumerate(test["alone"], 1)}
+    rows |= {f"DO, {name}": groups(acc) for name, acc in test["aggregations"].items()}
+    by_group = test["lambda_by_group"].values()
+    lam = {f"sub-model {t + 1}": [v and v[t] for v in by_group] for t in range(len(test["alone"]))}
+    importance = {label: groups(values) for label, values in report["importance_by_group"].items()}
+    for name, title, series in (("accuracy", "test accuracy, %", rows), ("lambda", "mean instance weight", lam),
+                                ("importance", "mean Taylor importance of a weight", importance)):
+        figure, x = Figure((7, 3.2), layout="tight"), np.arange(len(GROUPS))
+        axes = figure.add_subplot(title=f"{title}, by class group", xticks=x, xticklabels=GROUPS)
+        for i, (label, values) in enumerate(series.items()):
+            width = 0.8 / len(series)
+            axes.bar(x + width * (i + 0.5) - 0.4, np.array(values, dtype=float), width, label=label)
+        axes.legend(fontsize=7)
+        run.write(f"{name}_by_group.png", lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
 
 # ------------------------------------------------------------------------------------------------------- flags and main
 
 def parse_args(argv=None):
     """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
-    parser = script_parser("Decoupled Optimisation for long-tailed recognition", "write each sub-model as a plain state dict")
+    parser = script_parser("Decoupled Optimisation (DO) for long-tailed recognition", "write the sub-models")
     share = number(float, above=0, below=1)
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=["default", "paper"], default="default", help="paper: every value as published (default %(default)s)")
-    add("--epochs", type=number(int, 0), help="one number a stage, as 100,50,50; 0 for a stage 1 whose stage1.pt --weights names")
+    add("--recipe", choices=["default", "paper"], default="default", help="paper: every value as published")
+    add("--epochs", type=number(int, 0), help="one number a stage, as 100,50,50; 0: --weights names its stage1.pt")
     add("--lr", type=number(above=0), help="peak rate, one number a stage, as 0.1,0.05,0.05")
     add("--schedule", help="one word a stage: cosine (to 0) or constant, as cosine,constant,constant")
     add = parser.add_argument_group("method").add_argument
-    add("--order", default="many,medium,few", help="the stages: also many,few or many,medium-top,medium-low,few (default %(default)s)")
+    add("--order", default="many,medium,few", help="stages: also many,few or many,medium-top,medium-low,few")
     add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
-    add("--gamma", type=lambda text: text if text == "auto" else share(text), help="share pruned after each stage but the last, as "
-        "0.5,0.8; or auto")
-    add("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage (default %(default)s)")
+    add("--gamma", type=lambda text: text if text == "auto" else share(text), help="share pruned after each stage but "
+        "the last, as 0.5,0.8; or auto")
+    add("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage")
     add("--loss", choices=["compensation", "ce"], default="compensation", help="ce: no margin in any stage (Table 8)")
-    add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="what ranks weights (default %(default)s)")
+    add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="what ranks the weights")
     add("--importance-images", type=number(int, 1), help="training images a class for the score, at most")
-    add("--prune-classifier", type=int, choices=[0, 1], help="1: TPD ranks the last layer too; 0: each stage has its own")
-    add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning (the paper's dt) (default %(default)s)")
+    add("--prune-classifier", type=int, choices=[0, 1], help="1: TPD ranks the last layer too; 0: each stage's own")
+    add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning (the paper's dt)")
     add("--tpd-iters", type=number(int, 1), help="retraining iterations after each of them")
-    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of that retraining, cosine to 0 (default %(default)s)")
+    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of that retraining, cosine to 0")
     add("--reinit", type=number(least=0), help="scale of the fresh weights over Kaiming's; 0 starts them at zero")
-    add("--agg", choices=["product", "instance", "group", "mean"], help="the mixture that is reported as the result; the paper's: instance")
+    add("--agg", choices=["product", "instance", "group", "mean"], help="the mixture reported; the paper's: instance")
     args = parser.parse_args(argv)
     given = fill_in(args, RECIPES, "cifar100 imb 50" if args.dataset == "cifar100" and args.imb == 50 else None)
-    args.nesterov = args.recipe == "default"
     args.order = args.order.split(",")
     known = ("many", "medium", "medium-top", "medium-low", "few")
     both = "medium" in args.order and set(args.order) & {"medium-top", "medium-low"}
@@ -528,14 +539,14 @@ def parse_args(argv=None):
     args.schedule = args.schedule.split(",")
     if set(args.schedule) - {"cosine", "constant"}:
         raise InputError(f"--schedule {','.join(args.schedule)}: cosine or constant")
-    for flag, n in (("epochs", len(args.order)), ("lr", len(args.order)), ("schedule", len(args.order)), ("gamma", len(args.order) - 1)):
+    T = len(args.order)
+    for flag, n in {"epochs": T, "lr": T, "schedule": T, "gamma": T - 1}.items():
         values = getattr(args, flag) if isinstance(getattr(args, flag), list) else [getattr(args, flag)]
         if len(values) not in (1, n) and flag in given:
             raise InputError(f"--{flag}: {len(values)} values for {n}; give one, or one a stage")
         if values != ["auto"]:
             setattr(args, flag, (values + values[-1:] * n)[:n])
     return args
-
 
 def make_stages(args, data):
     """The list of Stage; a stage without classes is left out with a warning, but for a first "many", which then serves
@@ -551,14 +562,14 @@ def make_stages(args, data):
         classes = classes if len(classes) else np.arange(len(counts))
         alpha = compensation_alpha(counts, name, args.rho) if args.loss == "compensation" else np.ones(len(counts))
         probs = stage_class_probs(counts, name, args.rho, args.few_sampling)
-        stages.append(Stage(name, classes, probs, torch.tensor(np.log(alpha)).float().to(data.device), epochs, lr, schedule, gamma))
+        log_alpha = torch.tensor(np.log(alpha), dtype=torch.float32, device=data.device)
+        stages.append(Stage(name, classes, probs, log_alpha, epochs, lr, schedule, gamma))
     args.epochs = [stage.epochs for stage in stages]
     if not stages:
         raise InputError("--order: none of its stages has a class in this dataset; begin with many")
     if args.gamma == "auto" and not all(np.isin(data.val.labels, s.classes).any() for s in stages[:-1]):
-        raise InputError("--gamma auto measures on validation images of each stage's classes and some have none; give numbers, as 0.5,0.8")
+        raise InputError("--gamma auto measures on validation images of each stage's classes; some have none")
     return stages
-
 
 def main(argv=None):
     """Train, decouple, mix, evaluate: the whole method in the paper's order."""
@@ -567,13 +578,14 @@ def main(argv=None):
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     describe(data, args.split_seed)
     if data.multi_label:
-        raise InputError(f"--dataset {args.dataset} has several labels an image, which DO is not made for; take more_lt.py")
+        raise InputError(f"--dataset {args.dataset} has several labels an image, which DO is not for; take more_lt.py")
     data.to(device, args.batch_size, args.aug, args.workers)
     stages = make_stages(args, data)
     torch.manual_seed(args.seed)
-    model = add_owner_masks(build_model(args.arch, data.num_classes, args.weights or args.pretrained), args.prune_classifier)
-    model, run = ready(model, data, args, "do")
-    run.report = {"submodels": {}, "bar": {}, "importance_by_group": {}, "pruning_curve": {}, "gammas": [], "tpd_seconds": 0.0} | run.report
+    model = build_model(args.arch, data.num_classes, args.weights or args.pretrained)
+    model, run = ready(add_owner_masks(model, args.prune_classifier), data, args, "do")
+    run.report = {"submodels": {}, "bar": {}, "importance_by_group": {}, "pruning_curve": {}, "gammas": [],
+                  "tpd_seconds": 0.0} | run.report
     model.stage_rest = run.state.get("rest", {})
 
     for t, stage in enumerate(stages, 1):
@@ -583,17 +595,18 @@ def main(argv=None):
     states = test_time(model, stages, data, args, run)  # Eq. 5
 
     print_report(run.report)
-    report, chosen = run.report, run.report["test"]["aggregations"][args.agg]
-    tensors = {"model.pt": {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu(),
-                            "stages": args.order, "model": model.state_dict(), "rest": model.stage_rest}}
-    tensors |= {f"submodel{t}.pt": state for t, state in enumerate(states, 1) if args.export}
-    run.charts(figures(report))
-    return run.finish({"method": "do", "acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
-                       "ece": chosen["ece"], "aggregations": report["test"]["aggregations"], "test": report["test"],
-                       "lambda_by_group": report["test"]["lambda_by_group"], "val": report.get("val"),
-                       "eval_seconds": report["test"]["forward_seconds"] + report["test"]["weights_seconds"],
-                       **{k: report[k] for k in ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve")}}, tensors)
-
+    draw_figures(run.report, run)
+    report, test = run.report, run.report["test"]
+    saved = {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu(),
+             "stages": args.order, "model": model.state_dict(), "rest": model.stage_rest}
+    exports = {f"submodel{t}.pt": state for t, state in enumerate(states, 1) if args.export}
+    chosen = test["aggregations"][args.agg]
+    result = {"method": "do", "acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
+              "ece": chosen["ece"], "eval_seconds": test["forward_seconds"] + test["weights_seconds"],
+              "aggregations": test["aggregations"], "lambda_by_group": test["lambda_by_group"], "test": test,
+              "val": report.get("val")}
+    kept = ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve")
+    return run.finish(result | {key: report[key] for key in kept}, {"model.pt": saved} | exports)
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Networks for long-tailed recognition, the owners of their weights (DO), their low-rank terms (MORE); the folder of a
-run.
+"""Networks for long-tailed recognition, owners of their weights (DO), low-rank terms (MORE); runs and the machine.
 
-    build_model("resnet32", 100)        ResNet-32 for CIFAR-size images; ResNet-50/152 and the rest of torchvision by name
-    add_owner_masks(model)              one uint8 per conv and linear weight: which stage owns it (0: free)
-    submodel_state(model, t)            sub-model t as a plain state dict of the unmodified network
-    add_low_rank(model, ratio=0.1)      every weight W becomes W_g + B A; general_only(model) computes with W_g;
-                                        merge_low_rank(model) puts the two together
+    build_model("resnet32", 100)      ResNet-32 for CIFAR-size images; ResNet-50/152 and the rest of torchvision by name
+    add_owner_masks(model)            which stage owns each weight; submodel_state(model, t): a plain network
+    add_low_rank(model, ratio=0.1)    every weight becomes W_g + B A; general_only(model), merge_low_rank(model)
 """
 import copy
-import csv
 import json
 import math
 import os
@@ -27,12 +23,11 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, add_data_arguments, argument_parser, crop_flip,
-                     known_name, normalize, number)
+from data_lt import (DEFAULT_IMB, RANK, WORKERS, WORLD, InputError, add_data_arguments, argument_parser, known_name,
+                     number, reading)
 
 OWNER = "weight_owner"  # name of the buffer that add_owner_masks puts beside each weight
 CIFAR_DEPTHS = {f"resnet{6 * n + 2}": n for n in (3, 5, 7, 9, 18)}  # resnet20, 32, 44, 56, 110
-
 
 # ------------------------------------------------------------------------------------------------------------- networks
 
@@ -49,14 +44,12 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
-        if self.extra:  # option A: every second pixel, the new channels are zeros
-            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+        if half := self.extra // 2:  # option A: every second pixel, the new channels are zeros
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, half, self.extra - half))
         return F.relu_(out.add_(x))
 
-
 class ResNetCifar(nn.Module):
-    """ResNet with 6n + 2 layers for 32x32 images (He et al., CVPR 2016, section 4.2); n = 5 is ResNet-32, 0.46 M
-    weights."""
+    """ResNet with 6n + 2 layers for 32x32 images (He et al., CVPR 2016, section 4.2); n = 5: ResNet-32."""
 
     def __init__(self, n, num_classes):
         super().__init__()
@@ -71,101 +64,45 @@ class ResNetCifar(nn.Module):
     def forward(self, x):
         return self.fc(self.blocks(F.relu_(self.bn1(self.conv1(x)))).mean((2, 3)))
 
-
-def build_model(arch, num_classes, pretrained=False, size=None):
+def build_model(arch, num_classes, pretrained=False):
     """A freshly initialised network; draws from the global torch generator.
 
-    arch: "resnet20", "resnet32", .. "resnet110" (CIFAR-size images), a torchvision classifier ("resnet50", "vit_b_16",
-    ..) or "clip:ViT-B-16", "clip:RN50": the image tower of open_clip (not a dependency) for images of `size` pixels.
-    pretrained: True takes torchvision's ImageNet weights with a new last layer (ResNets only), the path of a state dict
-    that, all but a last layer of another shape. Raises InputError for an unknown arch or a file that does not fit.
+    arch: "resnet20", "resnet32", .. "resnet110" (for CIFAR-size images) or a torchvision classifier ("resnet50",
+    "vit_b_16"). pretrained: true takes torchvision's ImageNet weights with a new last layer (ResNets only); the path of
+    a state dict (plain, or under "state_dict" or "model") takes that, all but a last layer of another shape. Raises
+    InputError for an unknown arch or a file that does not fit.
     """
-    if arch.startswith("clip:"):
-        return ClipClassifier(arch.removeprefix("clip:"), num_classes, "openai" if pretrained in (1, True) else pretrained, size)
-    if isinstance(pretrained, (str, Path)):
-        return load_weights(build_model(arch, num_classes), pretrained)
-    if arch in CIFAR_DEPTHS:
-        if pretrained:
-            raise InputError(f"--arch {arch} has no ImageNet weights: leave out --pretrained or take resnet50")
-        return ResNetCifar(CIFAR_DEPTHS[arch], num_classes)
-    known = set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}  # several outputs
-    if arch not in known:
-        raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152 or another classifier of torchvision")
-    if not pretrained:
-        return torchvision.models.get_model(arch, num_classes=num_classes)
+    zoo, download = torchvision.models, pretrained and not isinstance(pretrained, (str, Path))
+    known = set(zoo.list_models(module=zoo)) - {"googlenet", "inception_v3"}  # these have several outputs
+    if arch not in CIFAR_DEPTHS and arch not in known:
+        raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152 or another of torchvision's")
+    if download and (arch in CIFAR_DEPTHS or not arch.startswith(("resne", "wide_resnet"))):
+        raise InputError(f"--arch {arch}: --pretrained has torchvision's ResNets, resnet50 say; leave it out")
     try:
-        model = torchvision.models.get_model(arch, weights="DEFAULT")
+        model = ResNetCifar(CIFAR_DEPTHS[arch], num_classes) if arch in CIFAR_DEPTHS else zoo.get_model(
+            arch, **({"weights": "DEFAULT"} if download else {"num_classes": num_classes}))
     except OSError as error:
-        url = torchvision.models.get_model_weights(arch).DEFAULT.url
-        raise InputError(f"--pretrained: no download of {url} ({error}); put the file into {torch.hub.get_dir()}/checkpoints by "
-                         "hand") from None
-    if not isinstance(getattr(model, "fc", None), nn.Linear):
-        raise InputError(f"--arch {arch}: --pretrained replaces the last layer of a ResNet; this network has another head")
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
-    return model
-
+        url = zoo.get_model_weights(arch).DEFAULT.url
+        raise InputError(f"--pretrained: no download of {url} ({error}); put it by hand into "
+                         f"{torch.hub.get_dir()}/checkpoints") from None
+    if download:
+        model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return load_weights(model, pretrained) if pretrained and not download else model
 
 def load_weights(model, path):
-    """Load a state dict (plain, or under "state_dict" or "model"), all but a last layer whose shape differs; returns
-    the model. Raises InputError."""
-    try:
+    """Load a state dict as build_model says; returns the model. Raises InputError."""
+    with reading(f"--weights {path}", "give what torch.save wrote of this network"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
             state = state.get(key, state)
         state = {k.removeprefix("module."): v for k, v in state.items()}
-    except FileNotFoundError:
-        raise InputError(f"--weights {path}: no such file") from None
-    except Exception as error:
-        raise InputError(f"--weights {path}: cannot be read as weights ({type(error).__name__}); give what torch.save wrote") from None
     own, last = model.state_dict(), list(weight_layers(model))[-1]
     wrong = [k for k in own if not k.startswith(last) and (k not in state or state[k].shape != own[k].shape)]
     if wrong:
-        raise InputError(f"--weights {path}: lacks {len(wrong)} of {len(own)} tensors of this network or has them in another shape, "
-                         f"{wrong[0]} first; give weights of the same --arch")
+        raise InputError(f"--weights {path}: lacks {len(wrong)} of {len(own)} tensors of this network or has them in "
+                         f"another shape, {wrong[0]} first; give weights of the same --arch")
     model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
     return model
-
-
-class ClipClassifier(nn.Module):
-    """The image tower of a CLIP model of open_clip ("ViT-B-16", "RN50") and a linear head on its normalised features,
-    times 1 / 0.07.
-
-    pretrained: falsy, a tag of open_clip's ("openai": downloads) or a file of weights. size: side of the images in
-    pixels. `visual` is open_clip's own module: its state dict loads back there. Raises InputError without open_clip or
-    such a model.
-    """
-
-    def __init__(self, name, num_classes, pretrained=None, size=None):
-        super().__init__()
-        try:
-            import open_clip
-            if name not in open_clip.list_models():
-                raise InputError(f"--arch clip:{name}: open_clip has no such model; take clip:ViT-B-16 or clip:RN50")
-            clip = open_clip.create_model(name, pretrained=str(pretrained) if pretrained else None, force_image_size=size,
-                                          force_quick_gelu=pretrained == "openai")  # its weights were trained with it
-        except ImportError:
-            raise InputError(f"--arch clip:{name} needs open_clip: pip install open_clip_torch") from None
-        except Exception as error:  # its downloads and checkpoints fail in many ways
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"--arch clip:{name}: no weights from {pretrained} ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                             "download them by hand and give the file as --weights") from None
-        self.visual, self.words = clip.visual.eval(), [clip.eval(), open_clip.get_tokenizer(name)]  # a list: no part of this module
-        with torch.no_grad():
-            width = self.visual(torch.zeros(1, 3, *np.broadcast_to(self.visual.image_size, 2))).shape[1]
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x):
-        return self.head(F.normalize(self.visual(x), dim=1)) / 0.07
-
-    @torch.no_grad()
-    def text_head(self, class_names):
-        """Start the head at the text tower's features of "a photo of a NAME." (Radford et al., ICML 2021)."""
-        clip, tokens = self.words
-        text = clip.encode_text(tokens([f"a photo of a {n.replace('_', ' ')}." for n in class_names]))
-        self.head.weight.copy_(F.normalize(text, dim=1))
-        self.head.bias.zero_()
-
 
 # ------------------------------------------------------------------------------- owner masks and nested sub-models (DO)
 
@@ -174,14 +111,11 @@ def weight_layers(model):
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
-
 def add_owner_masks(model, classifier=False):
-    """Give every conv and linear weight but the classifier's (unless classifier=True) an owner index; returns the
-    model.
+    """Give every conv and linear weight but the classifier's (unless classifier=True) an owner; returns the model.
 
     Beside each weight stands a uint8 buffer `weight_owner` of the same shape: 0 is free (trained now), t >= 1 belongs
-    to stage t and stays as it is. All weights take part in the forward pass, so a masked network runs at the speed of a
-    plain one. model.stage_rest[t] will hold what else is stage t's own (see keep_stage_rest).
+    to stage t and stays as it is. All weights take part in the forward pass. model.stage_rest: see keep_stage_rest.
     """
     layers = list(weight_layers(model).values())
     for layer in layers if classifier else layers[:-1]:
@@ -189,23 +123,18 @@ def add_owner_masks(model, classifier=False):
     model.stage_rest = {}
     return model
 
-
 def owned_layers(model):
     """{name: layer} of the layers whose `.weight` has owners: what TPD ranks, prunes and freezes."""
     return {name: m for name, m in model.named_modules() if hasattr(m, OWNER)}
-
 
 def plain_state(model):
     """A copy of the model's state dict without the owners: it loads, strict, into the unmodified network."""
     return {k: v.detach().clone() for k, v in model.state_dict().items() if not k.endswith(OWNER)}
 
-
 def keep_stage_rest(model, t):
-    """Remember as stage t's own what has no owners: BatchNorm (affine and running statistics), biases, the
-    classifier."""
+    """Remember as stage t's own what has no owners: BatchNorm (affine, statistics), biases, classifier."""
     owned = {f"{name}.weight" for name in owned_layers(model)}
     model.stage_rest[t] = {k: v for k, v in plain_state(model).items() if k not in owned}
-
 
 def submodel_state(model, t):
     """Sub-model t as a state dict that loads, strict, into the unmodified network: weights of stages 1..t, zeros
@@ -217,23 +146,21 @@ def submodel_state(model, t):
         state[f"{name}.weight"] *= (owner > 0) & (owner <= t)
     return state | {k: v.clone().to(state[k].device) for k, v in model.stage_rest[t].items()}
 
-
 # ---------------------------------------------------------------------------------------------- low-rank weights (MORE)
 
 class LowRank(nn.Module):
-    """W = W_g + B A as a parametrisation of a weight seen as out x (in * kh * kw), of rank max(1, round(ratio * smaller
-    side)).
+    """W = W_g + B A as a parametrisation of a weight seen as out x (in * kh * kw), of rank ratio * the smaller side.
 
-    init "zero": A Kaiming, B zero, W_g = W. "svd": B A is the best approximation of W of that rank. "random": A
-    Kaiming, B normal with W's own standard deviation. Whatever the start, W_g = W - B A, so that the network computes
-    what it did.
+    init "zero": A Kaiming, B zero. "svd": B A is the best approximation of W of that rank. "random": A Kaiming, B
+    normal with W's standard deviation. Whatever the start, W_g = W - B A, so that the network computes what it did.
     """
 
     def __init__(self, weight, ratio, init="zero"):
         super().__init__()
         flat = weight.detach().flatten(1)
         rank = max(1, round(ratio * min(flat.shape)))
-        A, B = nn.init.kaiming_uniform_(flat.new_empty(rank, flat.shape[1]), a=5 ** 0.5), flat.new_zeros(flat.shape[0], rank)
+        A, B = flat.new_empty(rank, flat.shape[1]), flat.new_zeros(flat.shape[0], rank)
+        nn.init.kaiming_uniform_(A, a=5 ** 0.5)
         if init == "svd":
             U, S, V = torch.linalg.svd(flat.double(), full_matrices=False)
             A, B = ((S[:rank, None].sqrt() * V[:rank]).to(flat), (U[:, :rank] * S[:rank].sqrt()).to(flat))
@@ -251,50 +178,39 @@ class LowRank(nn.Module):
     def right_inverse(self, weight):
         return weight - (self.B @ self.A).view_as(weight)
 
-
 def add_low_rank(model, ratio=0.1, init="zero"):
-    """Turn every conv and linear weight of any module (and the fused projection of attention) into W_g + B A; returns
-    it.
+    """Turn every conv and linear weight of any module (and attention's fused projection) into W_g + B A; returns it.
 
     init: zero, svd or random (see LowRank); with zero the network computes bit for bit what it did before. Draws A from
     the global torch generator. Source: MORE (Luo et al., NeurIPS 2025, arXiv 2510.08177), as known at second hand.
     """
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     for layer in list(model.modules()):
-        name = "weight" if isinstance(layer, kinds) else "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else None
-        if name and getattr(layer, name) is not None:
+        name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+        if isinstance(layer, (*kinds, nn.MultiheadAttention)) and getattr(layer, name) is not None:
             parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), ratio, init))
     return model
 
-
 @contextmanager
 def general_only(model):
-    """Within it the network computes with W_g alone, and BatchNorm in training does not record the batch's
-    statistics."""
-    terms = [m for m in model.modules() if isinstance(m, LowRank)]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-
-    def switch(general):
-        for m in terms:
-            m.general = general
-        for m in norms:
-            m.track_running_stats = not general
-    switch(True)
+    """Within it the network computes with W_g alone, and BatchNorm in training records no statistics."""
+    switches = [(m, "general", True) for m in model.modules() if isinstance(m, LowRank)]
+    switches += [(m, "track_running_stats", False) for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for m, name, value in switches:
+        setattr(m, name, value)
     try:
         yield model
     finally:
-        switch(False)
-
+        for m, name, value in switches:
+            setattr(m, name, not value)
 
 def merge_low_rank(model):
-    """Put W_g + B A into the plain weights: the module as it was before add_low_rank, same types, keys and cost;
-    returns it."""
+    """Put W_g + B A into the plain weights: the module as it was, same types, keys and cost; returns it."""
     for layer in list(model.modules()):
         for name, terms in list(getattr(layer, "parametrizations", {}).items()):
             if any(isinstance(term, LowRank) for term in terms):
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     return model
-
 
 # -------------------------------------------------------------------------------------------------- the folder of a run
 
@@ -309,19 +225,16 @@ def write_atomic(path, write):
         if "CUDA" in str(error):
             raise
         Path(tmp).unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({str(error).splitlines()[0]}); what was there before is kept: make room, "
+        raise InputError(f"{path} cannot be written ({str(error).splitlines()[0]}); what was there is kept: make room, "
                          "then go on with --resume") from None
-
 
 def load_checkpoint(path):
     """The checkpoint at `path`, on the CPU, or the one before (*.prev) if this one is damaged or gone; {} when there is
     neither. A damaged file is set aside as *.damaged. Raises InputError when files are there and none can be read."""
     damaged = []
-    for candidate in (str(path), f"{path}.prev"):
+    for candidate in (f for f in (str(path), f"{path}.prev") if os.path.exists(f)):
         try:
             state = torch.load(candidate, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            continue
         except Exception:  # torch.load raises half a dozen kinds for a cut or garbled file
             damaged.append(candidate)
             continue
@@ -330,29 +243,24 @@ def load_checkpoint(path):
             os.replace(name, f"{name}.damaged")
         return state
     if damaged:
-        raise InputError(f"checkpoint {' and '.join(damaged)} cannot be read: delete it and start again without --resume")
+        raise InputError(f"checkpoint {' and '.join(damaged)} cannot be read: delete it, start again without --resume")
     return {}
 
-
 class RunFolder:
-    """The folder --out of a run: last.pt to go on from, log.csv, result.json, model.pt. It only files things; process 0
-    writes.
-
-    state: what `save` got last when the run is resumed, else {}. report: a dict of the caller's own, kept with it.
-    Raises InputError for a folder that holds a run (without --resume) or another one's (with it), or that cannot be
-    made.
-    """
-    FREE = {"resume", "out", "export", "agg", "device", "data_root", "lists", "workers", "compile"}  # may differ on resuming
+    """The folder --out of a run: last.pt to go on from, log.csv, result.json, model.pt. Process 0 writes. state: what
+    `save` got last when the run is resumed, else {}. report: a dict of the caller's own, kept with it.
+    Raises InputError for a folder that cannot be made, holds a run (without --resume) or another one's (with it)."""
+    FREE = {"resume", "out", "export", "agg", "device", "data_root", "lists", "workers", "compile"}  # may change
 
     def __init__(self, args, counts):
-        self.path, self.args, self.counts, self.commit = Path(args.out), args, np.asarray(counts).tolist(), git_commit()
-        self.state, last = load_checkpoint(self.path / "last.pt") if args.resume else {}, self.path / "last.pt"
-        if self.state:
-            self.check(last)
-        elif args.resume:
-            print(f"nothing to resume in {self.path}: starting from the beginning")
+        self.path, self.args, self.counts, self.state = Path(args.out), args, counts.tolist(), {}
+        self.commit = subprocess.run("git describe --always --dirty=+ --exclude '*'", shell=True, capture_output=True,
+                                     cwd=Path(__file__).parent, text=True).stdout.strip() or "unknown"
+        if args.resume:
+            self.state = load_checkpoint(self.path / "last.pt")
+            self.check(self.path / "last.pt")
         elif list(self.path.glob("last.pt*")):
-            raise InputError(f"--out {self.path} holds a run: add --resume to go on with it, or give another folder, or delete it")
+            raise InputError(f"--out {self.path} holds a run: add --resume to go on with it, or give another folder")
         self.report = self.state.get("report", {"log": [], "train_seconds": 0.0, "images": 0})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -361,16 +269,18 @@ class RunFolder:
 
     def check(self, last):
         """Raise InputError when self.state is of another run. --precision auto becomes what the run had."""
-        if not isinstance(self.state, dict) or not {"args", "counts", "report", "model"} <= set(self.state):
+        if not self.state:
+            return print(f"nothing to resume in {self.path}: starting from the beginning")
+        if not {"args", "counts", "report", "model"} <= set(self.state):
             raise InputError(f"{last} is no checkpoint of this script; give another --out")
         saved, now = self.state["args"], vars(self.args)
         self.args.precision = saved.get("precision") if self.args.precision == "auto" else self.args.precision
         for key in sorted((set(saved) | set(now)) - self.FREE):
             if saved.get(key) != now.get(key):
-                raise InputError(f"{last} is of another run: --{key.replace('_', '-')} was {saved.get(key)}, now {now.get(key)}; "
-                                 "give the same flags or another --out")
+                raise InputError(f"{last} is of another run: --{key.replace('_', '-')} was {saved.get(key)}, now "
+                                 f"{now.get(key)}; give the same flags or another --out")
         if self.state["counts"] != self.counts:
-            raise InputError(f"{last} is of a run on other data: the training images per class differ; give another --out")
+            raise InputError(f"{last} is of a run on other data: its images per class differ; give another --out")
 
     def write(self, name, write):
         """A file of the folder, by write(temporary path)."""
@@ -378,8 +288,7 @@ class RunFolder:
             write_atomic(self.path / name, write)
 
     def save(self, model, optimizer=None, **where):
-        """Checkpoint: the model, its optimiser, the report and `where` the run stands; the one before is kept as
-        last.pt.prev."""
+        """Checkpoint: the model, its optimiser, the report and `where` the run stands; the last one stays as *.prev."""
         state = {"args": vars(self.args), "counts": self.counts, "report": self.report, "model": model.state_dict(),
                  "optimizer": optimizer and optimizer.state_dict(), **where}
 
@@ -390,164 +299,107 @@ class RunFolder:
         self.write("last.pt", write)
 
     def log(self, row, images, seconds, total):
-        """An epoch's row {column: value}: into log.csv and printed, with images/s and, of `total` images, the minutes
-        left."""
+        """An epoch's row {column: value}: into log.csv and printed, with images/s and the minutes left of `total`."""
         report = self.report
         report["train_seconds"] += seconds
         report["images"] += images
         left = (total - report["images"]) * report["train_seconds"] / report["images"] / 60
-        row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}  # a checkpoint takes plain numbers
+        row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}  # plain, for checkpoints
         report["log"].append(row | {"img/s": images / seconds, "left": f"{left:.1f} min"})
         rows = report["log"]
-
-        def write(tmp):
-            with open(tmp, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-        self.write("log.csv", write)
+        lines = [",".join("" if v is None else str(v) for v in r) for r in ([*rows[0]], *([*r.values()] for r in rows))]
+        self.write("log.csv", lambda tmp: Path(tmp).write_text("\n".join(lines) + "\n"))
         if row["epoch"] == 1:
             print("".join(f"{name:>9}" for name in rows[-1]))
         cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1].values())
         print("".join(f"{cell:>9}" for cell in cells), flush=True)
 
     def finish(self, result, tensors):
-        """result.json, with what every run's has, and the files {name: whatever torch.save takes}. Returns the
-        result."""
+        """result.json, with what every run's has, and files {name: what torch.save takes}. Returns the result."""
         args, report = self.args, self.report
-        gpu = torch.cuda.is_available() and args.device != "cpu"
-        result |= {key: getattr(args, key) for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs", "precision")} | {
-            "args": vars(args), "images_per_second": report["images"] / max(report["train_seconds"], 1e-9), "git": self.commit,
-            "train_seconds": report["train_seconds"], "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"}
+        gpu, seconds = torch.cuda.is_available() and args.device != "cpu", report["train_seconds"]
+        common = ("dataset", "imb", "arch", "seed", "split_seed", "epochs", "precision")
+        result |= {key: getattr(args, key) for key in common} | {
+            "args": vars(args), "images_per_second": report["images"] / max(seconds, 1e-9), "train_seconds": seconds,
+            "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+            "torch": torch.__version__, "git": self.commit}
         for name, value in tensors.items():
             self.write(name, lambda tmp: torch.save(value, tmp))
         self.write("result.json", lambda tmp: Path(tmp).write_text(json.dumps(result, indent=1)))
         print(f"\nresult: {self.path / 'result.json'}")
         return result
 
-    def charts(self, drawings, bars=True):
-        """Pictures, when matplotlib is installed. drawings: {file: (title, {label: values})}, bars over the class
-        groups or lines over the epochs; None is left out."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return print("no figures: pip install matplotlib to have them drawn")
-        for name, (title, series) in drawings.items():
-            figure = Figure((7, 3.2), layout="tight")
-            axes = figure.add_subplot(title=title, **({"xticks": range(3), "xticklabels": GROUPS} if bars else {"xlabel": "epoch"}))
-            for i, (label, values) in enumerate(series.items()):
-                values = np.array(values, dtype=float)  # None becomes NaN
-                if bars:
-                    axes.bar(np.arange(3) + 0.8 * (i + 0.5) / len(series) - 0.4, values, 0.8 / len(series), label=label)
-                else:
-                    axes.plot(np.arange(len(values)) + 1, values, label=label)
-            axes.legend(fontsize=7)
-            self.write(name, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-
-
-def git_commit():
-    """Commit of the script's folder, with "+" when files differ from it; "unknown" outside git."""
-    call = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    return subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 # ---------------------------------------------------------------------------------------------------------- the machine
 
 def start(args):
     """Set this process up for --device and --batch-size: joins torchrun's others through NCCL (CUDA) or gloo (CPU), all
-    but the first fall silent. Returns the torch.device. Raises InputError for a device that is not there, a batch that
-    cannot be shared."""
+    but the first fall silent. Returns the torch.device. Raises InputError for a device or a batch that cannot be."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"--device {name}: not a device; take auto, cpu, cuda or cuda:1")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", index or 0))) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda" and device.index >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: no such CUDA device here; take --device cpu")
+    try:
+        device = torch.device(name if WORLD == 1 or name == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not to be had ({str(error).splitlines()[0]}); take cpu") from None
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
-    if kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
         if args.batch_size % WORLD or args.batch_size < 4 * WORLD:
-            raise InputError(f"--batch-size {args.batch_size}: the batch of all {WORLD} processes together must be a multiple of "
-                             f"{WORLD}, of 4 images a process or more")
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            raise InputError(f"--batch-size {args.batch_size}: the batch of all {WORLD} processes must be a multiple "
+                             f"of {WORLD}, of 4 images a process or more")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     return device
 
-
 def ready(model, data, args, method):
-    """(model on the device, ready to train, its RunFolder); prints what will be trained and how.
-
-    On CUDA BatchNorm sees the batch of all processes (on the CPU each its share), and --compile compiles. Raises
-    InputError when the network cannot take the images, and as RunFolder.
-    """
+    """(model on the device, ready to train, its RunFolder). On CUDA BatchNorm sees the batch of all processes (on the
+    CPU each its share). Raises InputError when the network cannot take the images, and as RunFolder."""
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, data.side, data.side))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"--arch {args.arch} cannot take images of {data.side} pixels ({str(error).splitlines()[0]}); give "
-                         "another --arch or --size") from None
-    ratio = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
-    args.out = args.out or f"runs/{method}_{Path(args.dataset).stem}{ratio}_{args.arch.replace(':', '_')}_seed{args.seed}"
-    if WORLD > 1 and data.device.type == "cuda":
+        raise InputError(f"--arch {args.arch} cannot take images of {data.side} pixels ({str(error).splitlines()[0]}); "
+                         "give another --arch or --size") from None
+    name = f"{method}_{Path(args.dataset).stem}" + (f"_imb{args.imb:g}" if isinstance(args.imb, float) else "")
+    args.out = args.out or f"runs/{name}_{args.arch.replace(':', '_')}_seed{args.seed}"
+    if WORLD > 1 and data.cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model, run = model.to(data.device, memory_format=torch.channels_last), RunFolder(args, data.counts)
     if args.precision == "auto":
         args.precision = faster_precision(model, data)
     if run.state:
         model.load_state_dict(run.state["model"])
-    if args.compile == 1 or (args.compile is None and data.device.type == "cuda"):
+    if args.compile == 1 or (args.compile is None and data.cuda):
         model.compile(mode="reduce-overhead")
-    print(f"{args.arch}, {sum(p.numel() for p in model.parameters()):,} parameters in training; {data.device}, {args.precision}; batch "
-          f"{data.batch_size}{f' over {WORLD} processes' if WORLD > 1 else ''}; seed {args.seed}; writes {args.out}", flush=True)
+    print(f"{args.arch}, {sum(p.numel() for p in model.parameters()):,} parameters in training; {data.device}, "
+          f"{args.precision}; batch {data.batch_size}{f' over {WORLD} processes' if WORLD > 1 else ''}; seed "
+          f"{args.seed}; writes {args.out}", flush=True)
     return model, run
-
 
 def faster_precision(model, data, seconds=None):
     """"bf16" or "fp32", whichever trains 64 random images faster on a copy of the model: the better of two steps each,
     after one to warm up; process 0 decides for all. seconds: a function that gives them (None: the clock)."""
-    seconds, rates, model = seconds or (lambda: clock(data.device)), {}, copy.deepcopy(model).train()
+    seconds, rates, model = seconds or (lambda: clock(data.device)), [], copy.deepcopy(model).train()
     x = torch.randn(64, 3, data.side, data.side, device=data.device).to(memory_format=torch.channels_last)
     for precision in ("fp32", "bf16"):
-        times = []
+        ticks = [seconds()]
         for _ in range(3):
-            began = seconds()
             with autocast(data.device, precision):
                 loss = model(x).float().logsumexp(1).mean()
             loss.backward()
-            times.append(seconds() - began)
-        rates[precision] = len(x) / max(min(times[1:]), 1e-9)
-    choice = torch.tensor(float(rates["bf16"] > rates["fp32"]), device=data.device)
+            ticks.append(seconds())
+        rates.append(len(x) / max(min(np.diff(ticks)[1:]), 1e-9))
+    choice = torch.tensor(rates, device=data.device)
     if WORLD > 1:
         dist.broadcast(choice, 0)
-    precision = "bf16" if choice.item() else "fp32"
-    print(f"precision: fp32 {rates['fp32']:,.0f}, bf16 {rates['bf16']:,.0f} images/s forward and backward; takes {precision}")
+    precision = ("fp32", "bf16")[int(choice.argmax())]
+    print(f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and backward; takes {precision}")
     return precision
-
-
-@torch.no_grad()
-def predict(model, images, data, args, views=0):
-    """Logits of the images and of `views` random crop-and-flip views of each, (1 + views) x N x K on the device. The
-    views depend on --seed alone, so every model sees the same. images: uint8 array N x H x W x 3, or ImageFiles.
-    Processes share the work."""
-    model.eval()
-    out = torch.zeros(1 + views, len(images), data.num_classes, device=data.device)
-    for begin, x in data.test_batches(images):
-        rngs = [np.random.default_rng([args.seed, 3, v, begin]) for v in range(1, 1 + views)]
-        stacked = torch.cat([x] + [crop_flip(x, rng, x.shape[-1] // 8) for rng in rngs])
-        with autocast(data.device, args.precision):
-            logits = model(normalize(stacked, data.mean, data.std)).float()
-        out[:, begin:begin + len(x)] = logits.view(1 + views, len(x), -1)
-    return all_sum(out)
-
 
 def distribute(model):
     """The model, in DistributedDataParallel when there are several processes (gradients are averaged over them)."""
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-
 
 def all_sum(tensor):
     """The sum of `tensor` over all processes, in place; returns it."""
@@ -555,35 +407,25 @@ def all_sum(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-
 def autocast(device, precision):
     """A context in which the device computes in "bf16"; with "fp32" it changes nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-
 def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
-    """The rate of each of the `steps` steps of an epoch (from 0) of `epochs`, a list: a cosine from `peak` to 0 or
-    constant, after a rise from 0 over `warmup` epochs."""
+    """The rates of an epoch's steps, a list: a cosine from `peak` to 0 or constant, after a rise over `warmup`
+    epochs."""
     done = epoch + np.arange(steps) / steps
     shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs) if schedule == "cosine" else np.ones(steps)
     return (peak * shape * np.minimum(1, (done + 1 / steps) / warmup if warmup else 1)).tolist()
-
-
-def seed_torch(*key):
-    """Seed torch's global generators from non-negative ints: what an epoch draws from them depends on nothing before
-    it."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
 
 def stop_unless_finite(loss, model, where, flags="--lr"):
     """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
     values = [loss, *(v.float().sum() for v in model.state_dict().values() if v.is_floating_point())]
     if not torch.stack(values).isfinite().all():
         if not RANK:
-            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: lower {flags} "
-                  "and start again, or look at the data", file=sys.stderr)
+            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: "
+                  f"lower {flags} and start again, or look at the data", file=sys.stderr)
         sys.exit(3)
-
 
 def clock(device):
     """Seconds, once the device has finished what it was given."""
@@ -591,10 +433,8 @@ def clock(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
-
 def script_parser(description, export):
-    """The flags that both methods share. What shows no default gets one by dataset, see fill_in. export: what --export
-    writes."""
+    """The flags that both methods share. What shows no default gets one by dataset, see fill_in. export: its --help."""
     parser = argument_parser(description)
     add_data_arguments(parser)
     add = parser.add_argument_group("training; what shows no default has one by dataset, in RECIPES").add_argument
@@ -602,36 +442,33 @@ def script_parser(description, export):
     add("--pretrained", type=int, choices=[0, 1], help="1: start from ImageNet weights (clip: OpenAI's)")
     add("--weights", metavar="FILE", help="start from these weights (a last layer of another shape starts afresh)")
     add("--batch-size", type=number(int, 2), help="of all processes together")
-    add("--weight-decay", type=number(least=0), default=5e-4, help="(default %(default)s)")
+    add("--weight-decay", type=number(least=0), default=5e-4, help="of all weights")
     add("--warmup", type=number(least=0), help="epochs at the start over which the rate rises")
     add("--mixup", type=number(least=0), help="alpha of mixup's Beta distribution; 0: none")
     add("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment")
-    add("--views", type=number(int, 2), default=2, help="random views of a test image beside the clean one (default %(default)s)")
+    add("--views", type=number(int, 2), default=2, help="random views of a test image beside the clean one")
     add = parser.add_argument_group("system").add_argument
-    add("--seed", type=number(int, 0, below=2 ** 32), default=0, help="(default %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    add("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of weights, draws, augmentation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster of the two here")
     add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
-    add("--workers", type=number(int, 0), default=WORKERS, help="photograph decoders, for each GPU (default %(default)s)")
+    add("--workers", type=number(int, 0), default=WORKERS, help="photograph decoders, for each GPU")
     add("--out", help="folder of the run (default runs/NAME)")
     add("--resume", action="store_true", help="go on from last.pt in --out")
     add("--export", action="store_true", help=export)
     return parser
 
-
 def fill_in(args, recipes, kind=None):
-    """Give the flags that were left out their defaults: those of the dataset's recipe (or of `kind`) over
-    recipes["default"], and with --recipe paper the published ones over both. Returns the names of the flags that were
-    given."""
+    """Give the flags that were left out the values of the dataset's recipe (or of `kind`) over recipes["default"], with
+    --recipe paper the published ones over both. Returns the names of the flags that were given."""
     chosen = recipes["default"] | recipes.get(kind or known_name(args.dataset), {})
     if vars(args).get("recipe") == "paper":
-        chosen |= recipes["paper"] | (recipes["paper, photographs"] if chosen["arch"] != recipes["default"]["arch"] else {})
+        chosen |= recipes["paper"] | (recipes["paper, photographs"] if chosen["arch"] not in CIFAR_DEPTHS else {})
     given = {key for key, value in vars(args).items() if value is not None}
     for key in set(chosen) - given:
         setattr(args, key, chosen[key])
     args.imb = DEFAULT_IMB.get(args.dataset) if args.imb is None else args.imb
     return given
-
 
 def run_script(main):
     """Call main() as a script: bad input is one line on stderr and exit code 2."""

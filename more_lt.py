@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import StochasticDepth, sigmoid_focal_loss
 
-from data_lt import (GROUPS, RANK, InputError, describe, expected_calibration_error, group_accuracy, group_means,
-                     load_dataset, mixup, number, table_row)
+from data_lt import (GROUPS, RANK, InputError, crop_flip, describe, expected_calibration_error, group_accuracy,
+                     group_means, load_dataset, mixup, normalize, number, reading, table_row)
 from models import (LowRank, add_low_rank, all_sum, autocast, build_model, clock, distribute, fill_in, general_only,
-                    learning_rates, merge_low_rank, plain_state, predict, ready, run_script, script_parser,
-                    seed_torch, start, stop_unless_finite)
+                    learning_rates, merge_low_rank, plain_state, ready, run_script, script_parser, start,
+                    stop_unless_finite)
 
-CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's, in 0..255
+CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's
 
 # Defaults by dataset; every value is a flag.
 LARGE = dict(arch="resnet50", batch_size=256)
@@ -44,10 +44,9 @@ RECIPES = {
     "miml": SEVERAL,
     "nuswide_scene": SEVERAL | dict(epochs=40),
     "clip": dict(epochs=20, lr=1e-5, batch_size=64, aug="basic", pretrained=1, optimizer="adamw", warmup=0),
-    "default": dict(arch="resnet32", epochs=200, lr=0.1, batch_size=128, aug="strong", warmup=5, mixup=0.0, pretrained=0,
-                    optimizer="sgd"),
+    "default": dict(arch="resnet32", epochs=200, lr=0.1, batch_size=128, aug="strong", warmup=5, mixup=0.0,
+                    pretrained=0, optimizer="sgd"),
 }
-
 
 # ------------------------------------------------------------------------------------ base losses, which MORE is put on
 
@@ -56,7 +55,6 @@ def balanced_softmax(logits, target, counts):
     array."""
     return F.cross_entropy(logits + torch.as_tensor(counts, dtype=logits.dtype, device=logits.device).log(), target)
 
-
 def focal_loss(logits, target, gamma=2.0):
     """Mean of (1 - p_y)^gamma * CE (Lin et al., ICCV 2017). target: int (n,), or 0/1 n x K with a coin for each
     label."""
@@ -64,7 +62,6 @@ def focal_loss(logits, target, gamma=2.0):
         return sigmoid_focal_loss(logits, target.to(logits), alpha=-1, gamma=gamma, reduction="mean")
     ce = F.cross_entropy(logits, target, reduction="none")
     return ((1 - (-ce).exp()) ** gamma * ce).mean()
-
 
 def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
     """Label-distribution-aware margins, N_c^(-1/4) with the largest max_margin (Cao et al., NeurIPS 2019), on a plain
@@ -77,14 +74,12 @@ def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
     ce = F.cross_entropy(logits - F.one_hot(target, len(counts)) * margins, target, reduction="none")
     return (ce if weight is None else torch.as_tensor(weight, dtype=ce.dtype, device=ce.device)[target] * ce).mean()
 
-
 def effective_weights(counts, beta=0.9999):
     """Class weights (1 - beta) / (1 - beta^N_c), float array (K,) (Cui et al., CVPR 2019): LDAM-DRW's re-weighting.
     Their mean over the images, weighted by counts (K,), is 1."""
     counts = np.maximum(np.asarray(counts, dtype=np.float64), 1)
     weights = (1 - beta) / (1 - beta ** counts)
     return weights * counts.sum() / (weights * counts).sum()
-
 
 def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
     """Asymmetric loss (Ridnik et al., ICCV 2021, eq. 7), the mean over n x K: positives -(1 - p)^gamma_pos log p,
@@ -96,8 +91,8 @@ def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
     negative = q ** gamma_neg * torch.log1p(-q.clamp_max(1 - 1e-7))
     return -torch.where(target > 0, positive, negative).mean()
 
-
-def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10.0, mu=0.3, kappa=0.05, scale=5.0, gamma=2.0):
+def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10.0, mu=0.3, kappa=0.05, scale=5.0,
+                               gamma=2.0):
     """Distribution-balanced loss (Wu et al., ECCV 2020), the mean over n x K; the values are its code's for VOC-MLT.
 
     Re-balanced weight: r = (1 / N_k) / sum over the image's labels of 1 / N_j, smoothed to alpha + sigmoid(beta (r -
@@ -114,18 +109,44 @@ def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10
     focal = 2 * (1 - (-ce).exp()) ** gamma if gamma > 0 else 1.0
     return (focal * weight * ce * torch.where(y > 0, 1.0, 1 / scale)).mean()
 
-
 def base_losses(data, deferred=False):
     """{name of --loss: loss(logits, target)} for a dataset: one label an image, or several. deferred: ldam's
     re-weighting is on."""
     if data.multi_label:
-        coco = dict(mu=0.2, scale=2.0) if data.name == "coco_mlt" else {}  # the values that Wu et al.'s code has for COCO-MLT
-        return {"bce": lambda z, y: F.binary_cross_entropy_with_logits(z, y.to(z)), "focal": focal_loss, "asl": asymmetric_loss,
-                "db": partial(distribution_balanced_loss, counts=data.counts_t, total=len(data.train), **coco)}
+        coco = dict(mu=0.2, scale=2.0) if data.name == "coco_mlt" else {}  # Wu et al.'s values for it
+        db = partial(distribution_balanced_loss, counts=data.counts_t, total=len(data.train), **coco)
+        bce = lambda z, y: F.binary_cross_entropy_with_logits(z, y.to(z))
+        return {"bce": bce, "focal": focal_loss, "asl": asymmetric_loss, "db": db}
     weight = torch.tensor(effective_weights(data.counts), dtype=torch.float32, device=data.device) if deferred else None
     return {"ce": F.cross_entropy, "bsce": partial(balanced_softmax, counts=data.counts_t), "focal": focal_loss,
             "ldam": partial(ldam_loss, counts=data.counts_t, weight=weight)}
 
+class ClipClassifier(torch.nn.Module):
+    """The image tower of a CLIP model of open_clip ("clip:ViT-B-16", "clip:RN50") and a linear head on its normalised
+    features, times 1 / 0.07. Raises InputError without open_clip or such a model.
+
+    pretrained: falsy, 1 (OpenAI's weights: downloads) or a file. size: pixels of a side. class_names: start the head at
+    the text features of "a photo of a NAME." (Radford et al., ICML 2021). `visual` is open_clip's own module.
+    """
+
+    def __init__(self, arch, num_classes, pretrained=None, size=None, class_names=None):
+        super().__init__()
+        name, openai = arch.removeprefix("clip:"), pretrained in (1, True)
+        with reading(f"--arch {arch}", "pip install open_clip_torch; take clip:ViT-B-16 or RN50, --weights by hand"):
+            import open_clip
+            clip = open_clip.create_model(name, pretrained="openai" if openai else pretrained or None,
+                                          force_image_size=size, force_quick_gelu=openai).eval()  # as it was trained
+            self.visual, tokens = clip.visual, open_clip.get_tokenizer(name)
+        with torch.no_grad():
+            width = self.visual(torch.zeros(1, 3, *np.broadcast_to(self.visual.image_size, 2))).shape[1]
+            self.head = torch.nn.Linear(width, num_classes)
+            if class_names:
+                text = clip.encode_text(tokens([f"a photo of a {n.replace('_', ' ')}." for n in class_names]))
+                self.head.weight.copy_(F.normalize(text, dim=1))
+                self.head.bias.zero_()
+
+    def forward(self, x):
+        return self.head(F.normalize(self.visual(x), dim=1)) / 0.07
 
 # -------------------------------------------------------------------------------- Model Rebalancing (MORE): W_g and B A
 
@@ -133,7 +154,6 @@ def sinusoidal_weight(step, total, amplitude):
     """a(t) = A sin(pi t / T): the weight of the discrepancy loss after `step` of `total` steps. The paper's A is A' x
     classes, A' = 2."""
     return amplitude * math.sin(math.pi * step / total)
-
 
 def discrepancies(full, general, kind="l2", multi_label=False):
     """D by logit, n x K; an image's discrepancy is the sum over its row. full, general: n x K logits of W_g + B A and
@@ -145,7 +165,6 @@ def discrepancies(full, general, kind="l2", multi_label=False):
         p, q = full.sigmoid(), [F.logsigmoid(s * general) for s in (1, -1)]
         return p * (F.logsigmoid(full) - q[0]) + (1 - p) * (F.logsigmoid(-full) - q[1])
     return F.kl_div(general.log_softmax(1), full.log_softmax(1), log_target=True, reduction="none")
-
 
 def more_loss(full, general, prior, target, discrepancy="l2", prior_weight="sample"):
     """L_MORE = mean over the batch of prior(y) x discrepancy of the two passes' logits, without the schedule; a scalar.
@@ -161,7 +180,6 @@ def more_loss(full, general, prior, target, discrepancy="l2", prior_weight="samp
     weight = prior[target] if target.dim() == 1 else target.to(terms) @ prior / target.sum(1).clamp_min(1)
     return (weight * terms.sum(1)).mean()
 
-
 class TwoPasses(torch.nn.Module):
     """x -> (logits of W_g + B A, logits of W_g or None), as one forward: what DistributedDataParallel can wrap."""
 
@@ -172,13 +190,12 @@ class TwoPasses(torch.nn.Module):
         self.random = both and any(isinstance(m, drops) for m in model.modules())
 
     def forward(self, x):
-        with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=self.random):  # both passes drop the same units
+        with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=self.random):  # the same units drop
             full = self.model(x)
         if not self.both:
             return full, None
         with general_only(self.model), torch.set_grad_enabled(not self.detach_general):
             return full, self.model(x)
-
 
 def train(network, optimizer, batches, plan, losses, data, args, rng):
     """A step a batch of (x, y) by `plan`, (learning rate, weight of the discrepancy loss a(t), whether ldam's
@@ -210,7 +227,6 @@ def train(network, optimizer, batches, plan, losses, data, args, rng):
             sums[3:] += torch.stack([base, extra])[:, None] * len(x)
     return all_sum(sums)
 
-
 def make_optimizer(model, args):
     """SGD with Nesterov momentum 0.9, or AdamW; the low-rank factors have a weight decay of their own."""
     factors = {p for m in model.modules() if isinstance(m, LowRank) for p in (m.A, m.B)}
@@ -220,16 +236,16 @@ def make_optimizer(model, args):
         return torch.optim.AdamW(groups, lr=args.lr)
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
 
-
 @torch.no_grad()
 def low_rank_share(model):
     """|B A| / |W_g| (Frobenius) of each layer, {name: float}: a term that stays at zero does nothing."""
-    return {f"{name}.{weight}": float((terms[0].B @ terms[0].A).norm() / terms.original.norm()) for name, m in model.named_modules()
-            for weight, terms in getattr(m, "parametrizations", {}).items() if isinstance(terms[0], LowRank)}
+    terms = {f"{name}.{weight}": parts for name, m in model.named_modules()
+             for weight, parts in getattr(m, "parametrizations", {}).items() if isinstance(parts[0], LowRank)}
+    return {name: float((t[0].B @ t[0].A).norm() / t.original.norm()) for name, t in terms.items()}
 
-
-def fit(model, both, data, args, run):
+def fit(model, data, args, run):
     """Train W_g and B A together; goes on from run.state. Adds the epochs' |B A| / |W_g| to run.report."""
+    both = not args.no_more and args.amplitude > 0  # else one pass a step
     optimizer, network = make_optimizer(model, args), distribute(TwoPasses(model, both, args.detach_general))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
@@ -237,10 +253,11 @@ def fit(model, both, data, args, run):
     alike = None if args.sampling == "natural" else np.full(data.num_classes, 1 / data.num_classes)
     sampler, steps = data.sampler(alike, args.seed), len(data.train) // data.batch_size
     peak, total = args.amplitude * data.num_classes * both, args.epochs * steps  # A = A' C
-    print(f"\n{args.loss}: {args.epochs} epochs, rate {args.lr:g} cosine; {'recall' if data.multi_label else 'accuracy'} on the images drawn, and val")
+    print(f"\n{args.loss}: {args.epochs} epochs, rate {args.lr:g} cosine; accuracy (several labels: recall) on the "
+          "images drawn, and val")
     for epoch in range(run.state.get("epoch", 0), args.epochs):
         began, key = clock(data.device), [args.seed, 1, 1, epoch]
-        seed_torch(*key)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rates = learning_rates(args.lr, epoch, args.epochs, steps, "cosine", args.warmup)
         at = range(epoch * steps, (epoch + 1) * steps)
         weights = [sinusoidal_weight(s, total, peak) if args.schedule == "sin" else peak for s in at]
@@ -252,13 +269,14 @@ def fit(model, both, data, args, run):
         drawn = np.where(drawn > 0, drawn, np.nan)
         acc, gaps = group_means(100 * correct / drawn, data.groups), group_means(apart / drawn, data.groups)
         seconds, done, share = clock(data.device) - began, epoch + 1, low_rank_share(model)
-        val = scored(predict(model, data.val.images, data, args), data.val, data)["all"] if done % 10 == 0 or done == args.epochs else None
-        n = steps * data.batch_size
-        run.log({"epoch": done, "loss": loss[0] / n, "rate": rates[0], **acc, "val": val, "a(t)": weights[0], "L_MORE": extra[0] / n,
-                 "|BA|/|W|": float(np.mean([*share.values()] or [0.0])), **{f"D {g}": gaps[g] for g in GROUPS}}, n, seconds, n * args.epochs)
+        n, val = steps * data.batch_size, None
+        if done % 10 == 0 or done == args.epochs:
+            val = scored(predict(model, data.val.images, data, args), data.val, data)["all"]
+        run.log({"epoch": done, "loss": loss[0] / n, "rate": rates[0], **acc, "val": val, "a(t)": weights[0],
+                 "L_MORE": extra[0] / n, "|BA|/|W|": float(np.mean([*share.values()] or [0.0])),
+                 **{f"D {g}": gaps[g] for g in GROUPS}}, n, seconds, n * args.epochs)
         run.report["shares"].append(share)
         run.save(model, optimizer, epoch=done)
-
 
 # ----------------------------------------------------------------------------------- test time: merged, a plain network
 
@@ -271,7 +289,6 @@ def average_precision(scores, targets):
     above = torch.searchsorted(-ordered, -ordered, right=True)  # images with at least this score
     return (hits.cumsum(1).gather(1, above - 1) / above * hits).sum(1) / hits.sum(1)
 
-
 def f1_scores(scores, targets):
     """(OF1, CF1) in percent of the labels with a positive logit: F1 of all decisions together, and of the mean
     precision and recall of the classes that have a positive. scores: logits N x K; targets: 0/1 N x K."""
@@ -280,6 +297,20 @@ def f1_scores(scores, targets):
     cp, cr = (hit / said.clamp_min(1))[there > 0].mean(), (hit / there)[there > 0].mean()
     return float(200 * hit.sum() / (said.sum() + there.sum())), float(200 * cp * cr / (cp + cr).clamp_min(1e-12))
 
+@torch.no_grad()
+def predict(model, images, data, args, views=0):
+    """Logits of the images and of `views` random crop-and-flip views of each, (1 + views) x N x K on the device. The
+    views depend on --seed alone, so every model sees the same. images: uint8 array N x H x W x 3, or ImageFiles.
+    Processes share the work."""
+    model.eval()
+    out = torch.zeros(1 + views, len(images), data.num_classes, device=data.device)
+    for begin, x in data.test_batches(images):
+        rngs = [np.random.default_rng([args.seed, 3, v, begin]) for v in range(1, 1 + views)]
+        stacked = torch.cat([x] + [crop_flip(x, rng, x.shape[-1] // 8) for rng in rngs])
+        with autocast(data.device, args.precision):
+            logits = model(normalize(stacked, data.mean, data.std)).float()
+        out[:, begin:begin + len(x)] = logits.view(1 + views, len(x), -1)
+    return all_sum(out)
 
 def scored(logits, split, data):
     """By group and per class, from the mean logits of the views, V x N x K: top-1 accuracy and ECE; with several labels
@@ -295,43 +326,40 @@ def scored(logits, split, data):
     per_class = [None if math.isnan(v) else float(v) for v in ap]
     return group_means(ap, data.groups) | {"per_class": per_class, "ece": None, "of1": of1, "cf1": cf1}
 
-
 def discrepancy_by_group(full, general, split, data, kind):
     """Mean discrepancy of two passes' logits N x K by class group, {"many", "medium", "few", "all"}."""
-    apart, labels = discrepancies(full, general, kind, data.multi_label).sum(1), torch.from_numpy(split.labels).to(full.device)
+    apart = discrepancies(full, general, kind, data.multi_label).sum(1)
+    labels = torch.from_numpy(split.labels).to(full.device)
     truth = labels.float() if data.multi_label else F.one_hot(labels, data.num_classes).float()
     return group_means((truth.T @ apart / truth.sum(0)).cpu().numpy(), data.groups)
 
-
-def test_time(model, both, data, args, run):
-    """The whole network on the test images, W_g alone beside it, and B A merged into W_g, which must change nothing.
-    Adds to run.report."""
-    began, report, more = clock(data.device), run.report, not args.no_more
+def test_time(model, data, args, run):
+    """The network on the test images, W_g alone beside it, and B A merged into W_g, which must change nothing. Adds to
+    run.report."""
+    began, report, several = clock(data.device), run.report, f", mean of {1 + args.views} views"
     views = predict(model, data.test.images, data, args, args.views)
-    report["eval_seconds"] = clock(data.device) - began
-    report["results"] = {"test": scored(views[:1], data.test, data), f"test, mean of {1 + args.views} views": scored(views, data.test, data)}
+    report["eval_seconds"], report["merged_max_abs_diff"] = clock(data.device) - began, None
+    report["low_rank_share"], report["discrepancy_by_group"] = low_rank_share(model), {}
+    rows = {"test": scored(views[:1], data.test, data), "test" + several: scored(views, data.test, data)}
     if args.loss == "ce":  # its prior taken off after training: the bar for whatever else is done about it
         adjusted = views.log_softmax(2) - data.prior.log()
-        report["results"] |= {"test, logit-adjusted": scored(adjusted[:1], data.test, data),
-                              f"test, logit-adjusted, mean of {1 + args.views} views": scored(adjusted, data.test, data)}
+        rows["test, logit-adjusted"] = scored(adjusted[:1], data.test, data)
+        rows["test, logit-adjusted" + several] = scored(adjusted, data.test, data)
     if len(data.val):
-        report["results"]["val"] = scored(predict(model, data.val.images, data, args), data.val, data)
-    report["low_rank_share"], report["merged_max_abs_diff"], report["discrepancy_by_group"] = low_rank_share(model), None, {}
+        rows["val"] = scored(predict(model, data.val.images, data, args), data.val, data)
+    report["results"] = rows
     if args.no_more:
         return
-    with general_only(model):
-        for name, split in (("test", data.test), ("val", data.val)):
-            if len(split):
-                report["results"][f"{name}, W_g alone"] = scored(predict(model, split.images, data, args), split, data)
     exact, split = argparse.Namespace(**vars(args) | {"precision": "fp32"}), data.val if len(data.val) else data.test
     torch.backends.cudnn.allow_tf32 = False  # bf16's and TF32's rounding is larger than a small B A
-    full = predict(model, split.images, data, exact)[0]
+    full = predict(model, split.images, data, exact)
     with general_only(model):
-        general = predict(model, split.images, data, exact)[0]
-    report["discrepancy_by_group"] = discrepancy_by_group(full, general, split, data, args.discrepancy)
+        general = predict(model, split.images, data, exact)
+        rows["test, W_g alone"] = scored(predict(model, data.test.images, data, args), data.test, data)
+    rows["val, W_g alone"] = scored(general, data.val, data)
+    report["discrepancy_by_group"] = discrepancy_by_group(full[0], general[0], split, data, args.discrepancy)
     merge_low_rank(model)
-    report["merged_max_abs_diff"] = float((predict(model, split.images, data, exact)[0] - full).abs().max())
-
+    report["merged_max_abs_diff"] = float((predict(model, split.images, data, exact) - full).abs().max())
 
 # --------------------------------------------------------------------------------------------------------------- report
 
@@ -343,99 +371,98 @@ def print_report(report, data):
         print(table_row(label, acc, columns))
     if report["merged_max_abs_diff"] is not None:
         diff, ends = report["merged_max_abs_diff"], report["discrepancy_by_group"]
-        print(f"merged and unmerged logits (fp32) differ by {diff:.1e} at most" + ": MORE THAN ROUNDING" * (diff > 1e-4))
+        print(f"merged and unmerged logits (fp32) differ by {diff:.1e} at most" + ": TOO MUCH" * (diff > 1e-4))
         print("|BA| / |W_g| by layer: " + "  ".join(f"{k} {v:.3f}" for k, v in report["low_rank_share"].items()))
-        print("discrepancy of the two passes (fp32): " + ", ".join(f"{g} {v:.4g}" for g, v in ends.items() if v is not None))
+        print("discrepancy (fp32): " + ", ".join(f"{g} {v:.4g}" for g, v in ends.items() if v is not None))
 
-
-def figures(log):
-    """{file: (title, {label: a value an epoch})} of the line charts."""
-    curves = {g: [row[f"D {g}"] for row in log] for g in GROUPS}
-    return {"discrepancy_by_group.png": ("discrepancy of full and general pass by class group", curves),
-            "loss_weight.png": ("weight of the discrepancy loss", {"a(t)": [row["a(t)"] for row in log]})}
-
+def draw_figures(report, run):
+    """Discrepancy by class group over the epochs, when matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no figures: pip install matplotlib to have them drawn")
+    figure, log = Figure((7, 3.2), layout="tight"), report["log"]
+    axes = figure.add_subplot(title="discrepancy of full and general pass, by class group", xlabel="epoch")
+    for group in GROUPS:
+        axes.plot([row["epoch"] for row in log], np.array([row[f"D {group}"] for row in log], dtype=float), label=group)
+    axes.legend(fontsize=7)
+    run.write("discrepancy_by_group.png", lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
 
 # ------------------------------------------------------------------------------------------------------- flags and main
 
 def parse_args(argv=None):
     """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
-    parser = script_parser("Model Rebalancing (MORE) for long-tailed recognition", "write the merged network as merged.pt")
+    parser = script_parser("Model Rebalancing (MORE) for long-tailed recognition", "write the merged network")
     add = parser.add_argument_group("training").add_argument
-    add("--loss", choices=["ce", "bsce", "ldam", "focal", "bce", "asl", "db"], help="base loss: ce, bsce, ldam, focal; several labels an "
-        "image: bce, focal, asl, db (default ce, bce). ldam: margins on a plain head, much weaker than its paper's")
-    add("--sampling", choices=["natural", "class-aware"], help="class-aware: a class at random, then an image of it (default natural; db: "
-        "class-aware)")
-    add("--head", choices=["linear", "text"], default="linear", help="clip: the head starts at random, or at the class names' text features")
-    add("--optimizer", choices=["sgd", "adamw"])
-    add("--epochs", type=number(int, 1))
+    add("--loss", choices=["ce", "bsce", "ldam", "focal", "bce", "asl", "db"], help="base loss: ce, bsce, ldam, focal; "
+        "several labels an image: bce, focal, asl, db (default ce, bce). ldam: on a plain head, weaker than published")
+    add("--sampling", choices=["natural", "class-aware"], help="class-aware: a class at random, then an image of it "
+        "(default natural; db: class-aware)")
+    add("--head", choices=["linear", "text"], default="linear", help="clip: start at random or at the classes' names")
+    add("--optimizer", choices=["sgd", "adamw"], help="SGD with Nesterov momentum, or AdamW")
+    add("--epochs", type=number(int, 1), help="passes over the training images")
     add("--lr", type=number(above=0), help="peak rate; cosine to 0")
     add = parser.add_argument_group("method").add_argument
     add("--no-more", action="store_true", help="the base loss alone, on plain weights: the paired baseline")
-    add("--amplitude", type=number(least=0), default=2.0, help="A', times the number of classes the peak weight; 0: decomposition alone "
-        "(default %(default)s)")
-    add("--rank-ratio", type=number(above=0, most=1), default=0.1, help="rank over the smaller side of a weight (default %(default)s)")
-    add("--discrepancy", choices=["l2", "mse", "kl"], default="mse", help="of the passes' logits: squared distance (the paper's), the same "
-        "as a mean over the logits, or KL (default %(default)s)")
-    add("--prior-weight", choices=["sample", "class"], default="sample", help="several labels: an image's mean prior, or each logit's own")
-    add("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight (default %(default)s)")
+    add("--amplitude", type=number(least=0), default=2.0, help="A', times classes the peak weight; 0: no loss")
+    add("--rank-ratio", type=number(above=0, most=1), default=0.1, help="rank over the smaller side of a weight")
+    add("--discrepancy", choices=["l2", "mse", "kl"], default="mse", help="of the passes' logits: squared distance "
+        "(the paper's), the same as a mean over the logits, or KL")
+    add("--prior-weight", choices=["sample", "class"], default="sample", help="several labels: mean or each logit's")
+    add("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight")
     add("--detach-general", action="store_true", help="no gradient through the general pass: cheaper")
-    add("--low-rank-init", choices=["zero", "svd", "random"], default="zero", help="start of B A (default %(default)s)")
+    add("--low-rank-init", choices=["zero", "svd", "random"], default="zero", help="start of B A")
     add("--low-rank-decay", type=number(least=0), default=0.0, help="weight decay of A and B; 5e-4 keeps B A near zero")
     args = parser.parse_args(argv)
     fill_in(args, RECIPES, "clip" if (args.arch or "").startswith("clip:") else None)
     return args
 
-
 def check(args, data):
     """Settle --loss and --sampling for the data. Raises InputError for flags that do not go together."""
     args.loss = args.loss or ("bce" if data.multi_label else "ce")
     if args.loss not in base_losses(data):
-        raise InputError(f"--loss {args.loss}: {data.name} has {'several labels' if data.multi_label else 'one label'} an image; take "
-                         f"{', '.join(base_losses(data))}")
+        raise InputError(f"--loss {args.loss}: {data.name} has {'several labels' if data.multi_label else 'one label'} "
+                         f"an image; take {', '.join(base_losses(data))}")
     args.sampling = args.sampling or ("class-aware" if args.loss == "db" else "natural")
     if args.sampling == "class-aware" and args.loss in ("bsce", "ldam"):
-        raise InputError(f"--sampling class-aware: --loss {args.loss} corrects for the class counts itself; take ce or focal")
+        raise InputError(f"--sampling class-aware: --loss {args.loss} corrects for the counts itself; take ce or focal")
     if args.prior_weight == "class" and not data.multi_label:
         raise InputError("--prior-weight class: for several labels an image; leave it out")
-    named = data.class_names != [str(c) for c in range(data.num_classes)]
-    if args.head == "text" and not (args.arch.startswith("clip:") and (args.weights or args.pretrained) and named):
-        raise InputError("--head text: needs --arch clip:..., real weights (--pretrained 1 or --weights) and a dataset that knows its class "
-                         "names")
-
+    named, real = data.class_names != [str(c) for c in range(data.num_classes)], args.weights or args.pretrained
+    if args.head == "text" and not (args.arch.startswith("clip:") and real and named):
+        raise InputError("--head text: needs --arch clip:.., real weights (--pretrained 1, --weights) and class names")
 
 def main(argv=None):
     """Decompose, train with two passes, merge, evaluate."""
     args = parse_args(argv)
-    device = start(args)
+    device, clip = start(args), args.arch.startswith("clip:")
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     describe(data, args.split_seed)
-    clip = args.arch.startswith("clip:")
     data.to(device, args.batch_size, args.aug, args.workers, CLIP_STATS if clip else None)
     check(args, data)
-    both = not args.no_more and args.amplitude > 0  # else one pass a step
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, data.num_classes, args.weights or args.pretrained, args.size)
-    if args.head == "text":
-        model.text_head(data.class_names)
+    named = {"size": args.size, "class_names": args.head == "text" and data.class_names} if clip else {}
+    build = ClipClassifier if clip else build_model
+    model = build(args.arch, data.num_classes, args.weights or args.pretrained, **named)
     if not args.no_more:  # every weight W_g + B A, at the start exactly the plain network
         add_low_rank(model.visual if clip else model, args.rank_ratio, args.low_rank_init)
     model, run = ready(model, data, args, f"{'base' if args.no_more else 'more'}_{args.loss}")
     run.report = {"shares": []} | run.report
 
-    fit(model, both, data, args, run)
-    test_time(model, both, data, args, run)
+    fit(model, data, args, run)
+    test_time(model, data, args, run)
 
     print_report(run.report, data)
-    report, state, acc = run.report, plain_state(model), run.report["results"]["test"]
-    tensors = {"model.pt": {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu(),
-                            "model": state}} | ({"merged.pt": state} if args.export else {})
     if not args.no_more:
-        run.charts(figures(report["log"]), bars=False)
-    return run.finish({"method": "base" if args.no_more else "more", "acc": {g: acc[g] for g in (*GROUPS, "all")},
-                       "per_class": acc["per_class"], "ece": acc["ece"], "metric": "mAP" if data.multi_label else "top-1",
-                       **{k: report[k] for k in ("results", "merged_max_abs_diff", "low_rank_share", "discrepancy_by_group", "eval_seconds")}},
-                      tensors)
-
+        draw_figures(run.report, run)
+    report, state, chosen = run.report, plain_state(model), run.report["results"]["test"]
+    saved = {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu(),
+             "model": state}
+    kept = ("results", "merged_max_abs_diff", "low_rank_share", "discrepancy_by_group", "eval_seconds")
+    return run.finish({"method": "base" if args.no_more else "more", "acc": {g: chosen[g] for g in (*GROUPS, "all")},
+                       "per_class": chosen["per_class"], "ece": chosen["ece"], **{k: report[k] for k in kept},
+                       "metric": "mAP" if data.multi_label else "top-1"},
+                      {"model.pt": saved} | ({"merged.pt": state} if args.export else {}))
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Tests of meaning: equations against brute force, frozen weights bit for bit, resumed runs, documented errors, README's snippets.
+"""Tests of meaning: equations against brute force, frozen weights bit for bit, resumed runs, documented errors,
+README's snippets.
 
-    python -m pytest -q test_smoke.py          real CIFAR-100 is used too when DATA_ROOT names a folder with cifar100.npz
+    python -m pytest -q test_smoke.py      real CIFAR-100 is used too when DATA_ROOT names a folder with cifar100.npz
 """
 import argparse
 import csv
@@ -21,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 from PIL import Image
 
 import data_lt
@@ -34,7 +34,6 @@ HERE = Path(__file__).resolve().parent
 DATA_ROOT = Path(os.environ.get("DATA_ROOT", "data"))
 COUNTS = np.array([120, 110, 60, 30, 10, 6])  # two classes of each group
 CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -49,13 +48,13 @@ def tiny(tmp_path_factory):
     np.savez(path, **arrays)
     return path
 
-
 @pytest.fixture(scope="session")
 def several(tmp_path_factory):
     """An .npz of 8x8 images with several labels each: label k colours the k-th pixel row."""
     rng, arrays = np.random.default_rng(0), {}
     for part, n in (("train", 200), ("val", 40), ("test", 80)):
-        labels = (rng.random((n, 6)) < np.array([.6, .5, .3, .2, .08, .05] if part == "train" else [.4] * 6)).astype(np.uint8)
+        share = [.6, .5, .3, .2, .08, .05] if part == "train" else [.4] * 6
+        labels = (rng.random((n, 6)) < np.array(share)).astype(np.uint8)
         labels[labels.sum(1) == 0, 0] = 1
         labels[:6] |= np.eye(6, dtype=np.uint8)
         images = rng.integers(0, 60, (n, 8, 8, 3)).astype(np.uint8)
@@ -65,21 +64,17 @@ def several(tmp_path_factory):
     np.savez(path, **arrays)
     return path
 
-
 def do_flags(dataset, out, *more):
-    return ["--dataset", str(dataset), "--out", str(out), "--arch", "resnet20", "--epochs", "2,2,2", "--lr", "0.05", "--batch-size", "56",
-            "--precision", "fp32", "--device", "cpu", "--gamma", "0.5,0.8", "--tpd-iters", "1", "--tpd-steps", "3", "--warmup", "0",
-            "--importance-images", "4", *more]
-
+    return (f"--dataset {dataset} --out {out} --arch resnet20 --epochs 2,2,2 --lr 0.02 --batch-size 56 "
+            "--precision fp32 --device cpu --gamma 0.5,0.8 --tpd-iters 1 --tpd-steps 3 --warmup 0 --importance-images 4"
+            ).split() + [*more]
 
 def more_flags(dataset, out, *more):
-    return ["--dataset", str(dataset), "--out", str(out), "--arch", "resnet20", "--epochs", "3", "--lr", "0.05", "--batch-size", "56",
-            "--precision", "fp32", "--device", "cpu", "--loss", "bsce", "--warmup", "0", *more]
-
+    return (f"--dataset {dataset} --out {out} --arch resnet20 --epochs 3 --lr 0.05 --batch-size 56 --precision fp32 "
+            "--device cpu --loss bsce --warmup 0").split() + [*more]
 
 def losses_of(out):
     return [float(r["loss"]) for r in csv.DictReader((out / "log.csv").open())]
-
 
 @pytest.fixture(scope="session")
 def do_run(tiny, tmp_path_factory):
@@ -97,11 +92,11 @@ def do_run(tiny, tmp_path_factory):
         models.RunFolder.save = real
     return out, result, ends
 
-
 # ----------------------------------------------------------------------------------------------------------- data_lt.py
 
 def test_counts_and_groups():
-    for k, n, imb, total in ((100, 500, 100, 10847), (100, 500, 50, 12608), (100, 500, 10, 19573), (10, 5000, 100, 12406)):
+    known = (100, 500, 100, 10847), (100, 500, 50, 12608), (100, 500, 10, 19573), (10, 5000, 100, 12406)
+    for k, n, imb, total in known:
         counts = longtail_counts(k, n, imb)
         assert counts.sum() == total and counts[0] == n and counts[-1] == n // imb
         assert counts.tolist() == [int(n * imb ** (-c / (k - 1))) for c in range(k)]
@@ -110,7 +105,6 @@ def test_counts_and_groups():
     assert [groups[g].tolist() for g in ("many", "medium", "few")] == [[0], [1, 2], [3]]
     with pytest.raises(ValueError, match="imb 0.5"):
         longtail_counts(10, 100, 0.5)
-
 
 def test_split_is_the_draw_of_ldam_drw():
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(5), 40))
@@ -127,7 +121,6 @@ def test_split_is_the_draw_of_ldam_drw():
     assert np.array_equal(np.random.get_state()[1], before), "the global random state was touched"
     assert not set(kept) & set(left) and len(kept) + len(left) == len(labels)
 
-
 @pytest.mark.skipif(not (DATA_ROOT / "cifar100.npz").exists(), reason="DATA_ROOT has no cifar100.npz")
 def test_real_cifar100_split(tmp_path):
     data = load_dataset("cifar100", DATA_ROOT, imb=100)
@@ -135,12 +128,12 @@ def test_real_cifar100_split(tmp_path):
     assert [len(c) for c in class_groups(data.counts).values()] == [35, 35, 30]
     assert np.bincount(data.val.labels, minlength=100).max() == 50 and (data.val.labels == 0).sum() == 0
     train = {image.tobytes() for image in data.train.images}
-    assert sum(image.tobytes() in train for image in data.val.images) <= 2, "validation images are not trained on"  # CIFAR's twins
-
+    assert sum(image.tobytes() in train for image in data.val.images) <= 2, "not trained on"  # CIFAR has twins
 
 def test_packed_split_gives_the_same_images(tmp_path):
     path, script = tmp_path / "split.npz", [sys.executable, HERE / "data_lt.py", "--dataset", "synth"]
-    subprocess.run([*script, "--split-seed", "5", "--pack", path, "--figure", tmp_path / "hist.png"], check=True, stdout=subprocess.PIPE)
+    done = [*script, "--split-seed", "5", "--pack", path, "--figure", tmp_path / "hist.png"]
+    subprocess.run(done, check=True, stdout=subprocess.PIPE)
     a, b = load_dataset("synth", split_seed=5), load_dataset(str(path))
     for part in ("train", "val", "test"):
         assert np.array_equal(getattr(a, part).images, getattr(b, part).images)
@@ -149,7 +142,8 @@ def test_packed_split_gives_the_same_images(tmp_path):
     (tmp_path / "about.json").write_text("{}")  # somebody else's file: no pack
     assert data_lt.known_name(str(tmp_path)) == "folder"
     data_lt.pack(b, tmp_path / "folder", 32, 0)
-    assert all(m.parse_args(["--dataset", str(tmp_path / "folder")]).arch == "resnet32" for m in (do_lt, more_lt)), "an .npz's recipe"
+    folder = ["--dataset", str(tmp_path / "folder")]
+    assert do_lt.parse_args(folder).arch == more_lt.parse_args(folder).arch == "resnet32", "an .npz's recipe"
     none = {"val_images": a.val.images[:0], "val_labels": a.val.labels[:0], "coarse_labels": np.array(["x"])}
     np.savez(path, **dict(np.load(path)) | none)
     assert len(load_dataset(str(path), imb=100).val) > 0, "an empty validation split counts as none"
@@ -157,7 +151,6 @@ def test_packed_split_gives_the_same_images(tmp_path):
         missing = subprocess.run([*script, flag, tmp_path / "no" / "x.npz"], capture_output=True, text=True)
         said = f"error: {flag} {tmp_path}/no/x.npz: there is no folder {tmp_path}/no; make it first\n"
         assert missing.returncode == 2 and missing.stderr == said
-
 
 def test_image_folder_and_val_from_left_out_images(tmp_path):
     for part, n in (("train", 20), ("test", 3)):
@@ -172,7 +165,6 @@ def test_image_folder_and_val_from_left_out_images(tmp_path):
     keep = load_dataset(str(tmp_path), size=16, imb="keep")
     assert load_dataset(str(tmp_path), size=16).counts.tolist() == keep.counts.tolist() == [20, 20]
     assert load_dataset("synth", imb="keep").counts.tolist() == [300] * 10
-
 
 def test_sampler():
     labels = np.repeat(np.arange(6), COUNTS)
@@ -193,9 +185,9 @@ def test_sampler():
     with pytest.raises(ValueError, match="class 6"):
         ClassSampler(labels, np.full(7, 1 / 7), 10, seed=0)
 
-
 def test_augmentation():
-    """Each part against its definition; what is random comes from the generator that is given, and from nothing else."""
+    """Each part against its definition; what is random comes from the generator that is given, and from nothing
+    else."""
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8))
     state = np.random.get_state()[1].copy(), torch.get_rng_state()
     for kind in ("none", "basic", "strong"):
@@ -212,27 +204,28 @@ def test_augmentation():
     assert any(torch.equal(crops[0], w) or torch.equal(crops[0], w.flip(2)) for w in windows)
     groups = []
     real = data_lt.v2.RandAugment.forward
-    data_lt.v2.RandAugment.forward = lambda self, images: groups.append((len(images), self.magnitude)) or real(self, images)
+    data_lt.v2.RandAugment.forward = lambda self, images: groups.append((len(images), self.magnitude)) or real(self,
+                                                                                                               images)
     try:
         data_lt.rand_augment(x, np.random.default_rng(0), 8)
     finally:
         data_lt.v2.RandAugment.forward = real
-    assert [n for n, _ in groups] == [8] * 8 and all(0 <= m <= 18 for _, m in groups) and len({m for _, m in groups}) > 3
+    assert [n for n, _ in groups] == [8] * 8 and all(0 <= m <= 18 for _,
+                                                     m in groups) and len({m for _, m in groups}) > 3
     mixed, other, lam = data_lt.mixup(x.float(), torch.arange(64), 0.4, np.random.default_rng(0))
     assert torch.allclose(mixed[3], lam * x[3].float() + (1 - lam) * x[60].float()) and other[3] == 60 and 0 < lam < 1
     assert data_lt.mixup(x, torch.arange(64), 0, None)[0] is x
 
-
 def test_channel_stats_and_metrics_by_hand():
     x = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     mean, std = data_lt.channel_stats(x)
-    assert np.allclose(mean, x.reshape(-1, 3).mean(0), atol=1e-4) and np.allclose(std, x.reshape(-1, 3).std(0), atol=1e-4)
+    assert np.allclose(mean, x.reshape(-1, 3).mean(0), atol=1e-4) and np.allclose(std, x.reshape(-1, 3).std(0),
+                                                                                  atol=1e-4)
     acc = data_lt.group_accuracy(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1]), [200, 50, 5])
     assert acc == {"many": 100.0, "medium": 50.0, "few": None, "all": 75.0, "per_class": [100.0, 50.0, None]}
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
     ece = data_lt.expected_calibration_error(probs, torch.tensor([0, 1, 1, 1]))
     assert ece == pytest.approx(100 * (2 * abs(0.9 - 0.5) + abs(0.6 - 1) + abs(0.7 - 1)) / 4, abs=1e-4)
-
 
 # ------------------------------------------------------------------------------------------------------------ models.py
 
@@ -244,7 +237,6 @@ def test_networks():
         masked = models.add_owner_masks(models.build_model("resnet50", 5), classifier)
         owners = {k for k in masked.state_dict() if k.endswith(models.OWNER)}
         assert set(masked.state_dict()) - owners == plain and len(owners) == n == len(models.owned_layers(masked))
-
 
 @pytest.mark.parametrize("arch, size", [("resnet32", 32), ("resnet50", 64), ("vit_b_16", 224)])
 def test_low_rank_starts_plain_and_merges(arch, size):
@@ -268,7 +260,6 @@ def test_low_rank_starts_plain_and_merges(arch, size):
     assert set(merged.state_dict()) == keys and [type(m) for m in merged.modules()] == types
     models.build_model(arch, 5).load_state_dict(merged.state_dict(), strict=True)
 
-
 def test_general_pass_leaves_batchnorm_statistics():
     model = models.add_low_rank(models.build_model("resnet32", 5)).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -278,13 +269,12 @@ def test_general_pass_leaves_batchnorm_statistics():
     model(torch.randn(4, 3, 8, 8))
     assert not torch.equal(model.bn1.running_mean, state["bn1.running_mean"])
 
-
 @pytest.mark.parametrize("faster", ["fp32", "bf16"])
 def test_precision_is_the_faster_one(faster, tiny, capsys):
     data, now = load_dataset(str(tiny)).to(CPU, 56), [0.0]
 
     def seconds():  # a stub clock: bf16's passes take two seconds, fp32's one or three
-        now[0] += (2.0 if len(calls) >= 6 else {"fp32": 1.0, "bf16": 3.0}[faster])
+        now[0] += 2.0 if len(calls) >= 4 else {"fp32": 1.0, "bf16": 3.0}[faster]
         calls.append(1)
         return now[0]
     calls, model = [], models.build_model("resnet20", 6)
@@ -292,14 +282,13 @@ def test_precision_is_the_faster_one(faster, tiny, capsys):
     assert models.faster_precision(model, data, seconds) == faster and f"takes {faster}" in capsys.readouterr().out
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "it measures on a copy"
 
-
 def test_learning_rates():
     rates = [r for e in range(10) for r in models.learning_rates(0.1, e, 10, 4, warmup=2)]
     assert rates[0] == pytest.approx(0.1 / 8, rel=1e-2) and max(rates) < 0.1 and rates.index(max(rates)) in (7, 8)
-    assert rates[20] == pytest.approx(0.05) and rates[-1] < 1e-3 and models.learning_rates(0.1, 3, 10, 2, "constant") == [0.1, 0.1]
+    assert rates[20] == pytest.approx(0.05) and rates[-1] < 1e-3 and models.learning_rates(0.1, 3, 10, 2,
+                                                                                           "constant") == [0.1, 0.1]
 
-
-# ----------------------------------------------------------------------------------------------------- do_lt.py, equations
+# -------------------------------------------------------------------------------------------------- do_lt.py, equations
 
 def test_cpo_probabilities_and_margins():
     n = COUNTS.sum()
@@ -318,7 +307,6 @@ def test_cpo_probabilities_and_margins():
     shifted = [[math.exp(logits[i, k] - math.log(alpha[k])) for k in range(6)] for i in range(4)]
     exact = -sum(math.log(shifted[i][c] / sum(shifted[i])) for i, c in enumerate(y.tolist())) / 4
     assert do_lt.compensation_loss(logits, y, alpha.log()).item() == pytest.approx(exact, abs=1e-9)
-
 
 def test_taylor_importance_against_single_weights():
     torch.manual_seed(0)
@@ -342,13 +330,12 @@ def test_taylor_importance_against_single_weights():
             assert t[at].item() == pytest.approx(w[at].item() ** 2 * np.mean(squares), rel=1e-4, abs=1e-12)
     assert torch.equal(do_lt.taylor_importance(weights, (), "l1")[0], weights[0].abs())
 
-
 def test_gradual_ratio_and_choice():
     assert do_lt.gradual_ratio(0, 10, 0.2, 0.5) == pytest.approx(0.2) and do_lt.gradual_ratio(10, 10, 0.2, 0.5) == 0.5
     assert do_lt.gradual_ratio(5, 10, 0.0, 0.8) == pytest.approx(0.8 - 0.8 / 8)
     assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3], [50, 49, 30, 29]) == .1
-    assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3], [80, 40, 39, 20]) == .2  # never 0: the next stage needs free weights
-
+    assert do_lt.last_ratio_before_largest_drop([0, .1, .2, .3],
+                                                [80, 40, 39, 20]) == .2  # never 0: the next stage needs free weights
 
 @pytest.mark.parametrize("T", [2, 3, 4])
 def test_instance_weights_against_brute_force(T):
@@ -358,15 +345,17 @@ def test_instance_weights_against_brute_force(T):
     assert lam.shape == (100, T) and torch.allclose(lam.sum(1), torch.ones(100)) and lam.min() >= 0
     n = {2: 2000, 3: 200, 4: 40}[T]
     grid = do_lt.simplex_lattice(T, n)
-    assert len(grid) == math.comb(n + T - 1, T - 1) and torch.allclose(grid.sum(1), torch.ones(len(grid), dtype=torch.double))
-    agree = lambda lam: F.cosine_similarity(*(torch.einsum("gt,tuk->guk", lam, p) for p in (p1, p2)), dim=-1)  # G x U, the long way
+    assert len(grid) == math.comb(n + T - 1, T - 1) and torch.allclose(grid.sum(1),
+                                                                       torch.ones(len(grid), dtype=torch.double))
+    agree = lambda lam: F.cosine_similarity(*(torch.einsum("gt,tuk->guk", lam, p) for p in (p1, p2)),
+                                            dim=-1)  # G x U, the long way
     best = agree(grid).max(0).values
     ours = F.cosine_similarity(*(torch.einsum("ut,tuk->uk", lam.double(), p) for p in (p1, p2)), dim=-1)
     assert (best - ours).max() < (4e-3 if T == 4 else 6e-4), "a lattice of 1/50 (1/20) loses no more"
-    assert torch.allclose(do_lt.instance_weights(p1, p1), torch.full_like(lam, 1 / T), atol=1 / 50)  # nothing to choose by
+    assert torch.allclose(do_lt.instance_weights(p1, p1), torch.full_like(lam, 1 / T),
+                          atol=1 / 50)  # nothing to choose by
     one = do_lt.instance_weights(p1, p2, shared=True)
     assert one.shape == (1, T) and agree(one.double()).mean() > agree(grid).mean(1).max() - 6e-4
-
 
 def test_product_takes_off_priors_and_calibrates():
     """Two overconfident experts with opposed priors: the fit finds the truth, and with it Bayes' accuracy."""
@@ -383,24 +372,25 @@ def test_product_takes_off_priors_and_calibrates():
     by_hand = w[0] * logp[0] + w[1] * logp[1] + w[2] * counts.log() + w[3] * torch.tensor([0, 0, 1.0, 1, 0, 0])
     assert torch.allclose(fitted, by_hand, atol=1e-5)
 
-
-# --------------------------------------------------------------------------------------------------- do_lt.py, end to end
+# ------------------------------------------------------------------------------------------------- do_lt.py, end to end
 
 def test_do_run_leaves_what_it_says(do_run):
     out, result, _ = do_run
     written = json.loads((out / "result.json").read_text())
-    assert set(written) >= {"method", "dataset", "imb", "arch", "seed", "split_seed", "epochs", "args", "acc", "per_class", "ece", "submodels",
-                            "aggregations", "lambda_by_group", "gammas", "importance_by_group", "images_per_second", "train_seconds",
-                            "eval_seconds", "device", "torch", "git"}
-    assert [label.split(")")[1].strip() for label in written["submodels"]] == ["after CPO", "after TPD"] * 2 + ["after CPO"]
-    assert written["acc"]["all"] == written["aggregations"]["product"]["all"] and set(written["bar"]) == {"ce", "ce_la", "ce_fitted"}
+    assert set(written) >= set("method dataset imb arch seed split_seed epochs args acc per_class ece submodels "
+                               "aggregations lambda_by_group gammas importance_by_group images_per_second "
+                               "train_seconds eval_seconds device torch git".split())
+    assert [label.split(")")[1].strip() for label in written["submodels"]] == ["after CPO",
+                                                                               "after TPD"] * 2 + ["after CPO"]
+    assert written["acc"]["all"] == written["aggregations"]["product"]["all"]
+    assert set(written["bar"]) == {"ce", "ce_la", "ce_fitted"}
     losses = losses_of(out)
     assert losses[1] < losses[0], "stage 1 learns"
     assert all(sum(v) == pytest.approx(1, abs=1e-5) for v in written["lambda_by_group"].values())
     assert len((out / "log.csv").read_text().splitlines()) == 1 + 6
-    names = {"last.pt", "model.pt", "stage1.pt", "submodel1.pt", "submodel2.pt", "submodel3.pt", "accuracy_by_group.png"}
+    names = {"last.pt", "model.pt", "stage1.pt", "submodel1.pt", "submodel2.pt", "submodel3.pt",
+             "accuracy_by_group.png"}
     assert names <= {p.name for p in out.iterdir()} and not list(out.glob("*.tmp"))
-
 
 def test_frozen_weights_are_bit_identical(do_run):
     _, _, ends = do_run
@@ -416,7 +406,6 @@ def test_frozen_weights_are_bit_identical(do_run):
         owned += torch.bincount(final[name].flatten().long(), minlength=4)
     share = owned / owned.sum()  # gamma 50 % and 80 %: half, then a fifth of the other half, then the rest
     assert torch.allclose(share, torch.tensor([0, 0.5, 0.1, 0.4]), atol=1e-4)
-
 
 def test_exports_equal_the_masked_network(do_run):
     out, _, _ = do_run
@@ -434,22 +423,19 @@ def test_exports_equal_the_masked_network(do_run):
         assert previous is None or (inside - previous).abs().max() > 1e-3, "sub-models differ"
         previous = inside
 
-
 def test_pruned_weights_stay_at_zero(tiny, tmp_path, monkeypatch):
     real, left = do_lt.prune_gradually, []
 
     def spy(model, alive, *args):
         real(model, alive, *args)
-        left.extend(m.weight[~alive[n] & (m.weight_owner == 0)].abs().max().item() for n, m in models.owned_layers(model).items()
-                    if not alive[n].all())
+        pruned = [m.weight[~alive[n] & (m.weight_owner == 0)] for n, m in models.owned_layers(model).items()]
+        left.extend(w.abs().max().item() for w in pruned if len(w))
     monkeypatch.setattr(do_lt, "prune_gradually", spy)
     do_lt.main(do_flags(tiny, tmp_path, "--epochs", "1", "--tpd-iters", "3", "--mixup", "0.4"))
     assert left and max(left) == 0
 
-
 class Killed(BaseException):
     """Stands for SIGKILL inside one process: nothing of the script catches it."""
-
 
 @pytest.mark.parametrize("moment", ["epoch", "pruning", "checkpoint write", "between the renames"])
 def test_killed_and_resumed_is_an_unbroken_run(moment, tiny, do_run, tmp_path, monkeypatch):
@@ -486,9 +472,9 @@ def test_killed_and_resumed_is_an_unbroken_run(moment, tiny, do_run, tmp_path, m
                             if k in ("acc", "per_class", "submodels", "gammas", "bar")}
     assert strip(tmp_path) == strip(do_run[0]) and len((tmp_path / "log.csv").read_text().splitlines()) == 7
 
-
 def test_real_sigkill_and_damaged_checkpoint(tiny, do_run, tmp_path, capsys):
-    process = subprocess.Popen([sys.executable, HERE / "do_lt.py", *do_flags(tiny, tmp_path)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, HERE / "do_lt.py", *do_flags(tiny, tmp_path)],
+                               stdout=subprocess.DEVNULL)
     while not (tmp_path / "last.pt.prev").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
@@ -500,48 +486,56 @@ def test_real_sigkill_and_damaged_checkpoint(tiny, do_run, tmp_path, capsys):
     a, b = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (do_run[0], tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
-
 def test_flags_stages_auto_gamma_and_stage1(tiny, do_run, tmp_path):
     """Each value of the method's flags runs; stage 1 of another run can be the start; groups may be empty."""
     def run(name, *more, data=tiny):
         return do_lt.main(do_flags(data, tmp_path / name, "--epochs", "1", *more))
-    auto = run("a", "--weights", str(do_run[0] / "stage1.pt"), "--epochs", "0,1,1", "--gamma", "auto", "--tpd-steps", "1")
+    auto = run("a", "--weights", str(do_run[0] / "stage1.pt"), "--epochs", "0,1,1", "--gamma", "auto", "--tpd-steps",
+               "1")
     assert [len(c) for c in auto["pruning_curve"].values()] == [10, 10]
     same = [[*r["submodels"].values()][0] for r in (auto, do_run[1])]
-    assert same[0] == same[1] and len((tmp_path / "a" / "log.csv").read_text().splitlines()) == 3, "stage 1 was trained elsewhere"
-    four = run("b", "--order", "many,medium-top,medium-low,few", "--gamma", "0.5", "--importance", "fisher", "--few-sampling", "inverse",
-               "--schedule", "constant", "--agg", "group", "--reinit", "0", "--aug", "basic", "--prune-classifier", "1")
-    assert len(four["gammas"]) == 3 and len(four["test"]["alone"]) == 4 and four["acc"]["all"] == four["aggregations"]["group"]["all"]
-    two = run("c", "--order", "many,few", "--gamma", "0.5", "--importance", "l1", "--agg", "mean", "--views", "3", "--loss", "ce", "--aug",
-              "none", "--precision", "bf16", "--mixup", "0.4")
-    assert len(two["submodels"]) == 3 and two["lambda_by_group"]["many"] and two["acc"]["all"] == two["aggregations"]["mean"]["all"]
+    assert same[0] == same[1] and len(losses_of(tmp_path / "a")) == 2, "stage 1 was trained elsewhere"
+    four = run("b", *"--order many,medium-top,medium-low,few --gamma 0.5 --importance fisher --few-sampling inverse "
+               "--schedule constant --agg group --reinit 0 --aug basic --prune-classifier 1".split())
+    assert len(four["gammas"]) == 3 and len(four["test"]["alone"]) == 4
+    assert four["acc"]["all"] == four["aggregations"]["group"]["all"]
+    two = run("c", *"--order many,few --gamma 0.5 --importance l1 --agg mean --views 3 --loss ce --aug none "
+              "--precision bf16 --mixup 0.4".split())
+    assert len(two["submodels"]) == 3 and two["lambda_by_group"]["many"]
+    assert two["acc"]["all"] == two["aggregations"]["mean"]["all"]
     arrays = dict(np.load(tiny))
-    head = {k: v[arrays[k.replace("images", "labels")] < 4] for k, v in arrays.items() if not k.startswith("val")}  # no class is few
+    kept = {k: v for k, v in arrays.items() if not k.startswith("val")}
+    head = {k: v[arrays[k.replace("images", "labels")] < 4] for k, v in kept.items()}  # no class is few
     np.savez(tmp_path / "head.npz", **head)
-    empty = run("d", "--gamma", "0.6,0.7", "--importance", "random", data=tmp_path / "head.npz")  # and no validation images
+    empty = run("d", "--gamma", "0.6,0.7", "--importance", "random",
+                data=tmp_path / "head.npz")  # and no validation images
     assert empty["acc"]["few"] is None and empty["args"]["order"] == ["many", "medium"] and len(empty["gammas"]) == 1
     assert empty["test"]["product"] == [0.5, 0.5, 0, 0] and empty["val"] is None and "ce_fitted" not in empty["bar"]
     labels = arrays["train_labels"]
-    at = np.concatenate([np.flatnonzero(labels == c)[:40 if 20 <= COUNTS[c] <= 100 else None] for c in range(6)])  # no medium-top
+    at = [np.flatnonzero(labels == c)[:40 if 20 <= COUNTS[c] <= 100 else None] for c in range(6)]  # no medium-top
+    at = np.concatenate(at)
     np.savez(tmp_path / "low.npz", **arrays | {k: arrays[k][at] for k in ("train_images", "train_labels")})
-    low = run("e", "--order", "many,medium-top,medium-low,few", "--gamma", "0.3,0.5,0.8", "--importance", "l1", data=tmp_path / "low.npz")
-    assert low["args"]["order"] == ["many", "medium-low", "few"] and low["gammas"] == [0.3, 0.8], "a stage left out takes its gamma along"
-
+    low = run("e", *"--order many,medium-top,medium-low,few --gamma 0.3,0.5,0.8 --importance l1".split(),
+              data=tmp_path / "low.npz")
+    assert low["args"]["order"] == ["many", "medium-low", "few"] and low["gammas"] == [0.3, 0.8], "its gamma goes, too"
 
 def test_recipes():
     args = do_lt.parse_args(["--dataset", "cifar100", "--imb", "50", "--recipe", "paper"])
     assert (args.lr, args.schedule, args.batch_size) == ([0.05, 0.005, 0.005], ["cosine", "constant", "constant"], 256)
-    assert (args.gamma, args.epochs, args.tpd_iters, args.prune_classifier, args.agg) == ([0.5, 0.6], [100, 50, 50], 1, 1, "instance")
+    assert (args.gamma, args.epochs, args.agg) == ([0.5, 0.6], [100, 50, 50], "instance")
+    assert (args.tpd_iters, args.prune_classifier) == (1, 1)
     assert do_lt.parse_args(["--dataset", "inat18", "--recipe", "paper"]).lr == [0.02, 0.002, 0.002]
-    assert do_lt.parse_args(["--dataset", "places_lt"]).arch == "resnet152" and do_lt.parse_args(["--lr", "0.3"]).lr == [0.3] * 3
+    assert do_lt.parse_args(["--dataset", "places_lt"]).arch == "resnet152"
+    assert do_lt.parse_args(["--lr", "0.3"]).lr == [0.3] * 3
     assert more_lt.parse_args(["--arch", "clip:RN50"]).optimizer == "adamw" and more_lt.parse_args([]).epochs == 200
 
-
-# -------------------------------------------------------------------------------------------------------------- more_lt.py
+# ----------------------------------------------------------------------------------------------------------- more_lt.py
 
 def test_more_losses_by_hand():
     torch.manual_seed(0)
-    full, general, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 0, 1, 2])
+    full, general, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3,
+                                                                           dtype=torch.float64), torch.tensor([0, 0, 1,
+                                                                                                               2])
     counts = np.array([90, 8, 2])
     prior = torch.tensor(counts / 100)
     by_hand = sum(prior[y[i]] * sum((full[i, k] - general[i, k]) ** 2 for k in range(3)) for i in range(4)) / 4
@@ -552,7 +546,8 @@ def test_more_losses_by_hand():
     assert more_lt.more_loss(full, general, prior, y, "kl").item() == pytest.approx(by_hand.item())
     assert [more_lt.sinusoidal_weight(s, 10, 3.0) for s in (0, 5, 10)] == pytest.approx([0, 3.0, 0])
     shifted = full + torch.tensor(counts).log()
-    assert more_lt.balanced_softmax(full, y, counts).item() == pytest.approx(-shifted.log_softmax(1)[range(4), y].mean().item())
+    assert more_lt.balanced_softmax(full, y, counts).item() == pytest.approx(-shifted.log_softmax(1)[range(4),
+                                                                                                     y].mean().item())
     margins = 0.5 * (counts / 2.0) ** -0.25
     margined = [torch.stack([full[i, k] - margins[k] * (k == y[i]) for k in range(3)]) for i in range(4)]
     ldam = sum(-z.log_softmax(0)[y[i]] for i, z in enumerate(margined)) / 4
@@ -562,13 +557,12 @@ def test_more_losses_by_hand():
     weights = more_lt.effective_weights(counts)
     assert (weights * counts).sum() == pytest.approx(counts.sum()) and (np.diff(weights) > 0).all()
 
-
 def test_more_end_to_end_resume_and_baseline(tiny, tmp_path, monkeypatch):
     whole = more_lt.main(more_flags(tiny, tmp_path / "a", "--export"))
     losses = losses_of(tmp_path / "a")
     assert losses[-1] < losses[0], "it learns"
-    assert whole["merged_max_abs_diff"] < 1e-5 and whole["results"]["test, W_g alone"] and len(whole["low_rank_share"]) == 20
-    assert min(whole["low_rank_share"].values()) > 0
+    assert whole["merged_max_abs_diff"] < 1e-5 and whole["results"]["test, W_g alone"]
+    assert len(whole["low_rank_share"]) == 20 and min(whole["low_rank_share"].values()) > 0
     merged = torch.load(tmp_path / "a" / "merged.pt", weights_only=True)
     models.build_model("resnet20", 6).load_state_dict(merged, strict=True)
     calls, real = [], more_lt.more_loss
@@ -584,21 +578,21 @@ def test_more_end_to_end_resume_and_baseline(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = more_lt.main(more_flags(tiny, tmp_path / "b", "--export", "--resume"))
     assert again["acc"] == whole["acc"]
-    assert all(torch.equal(v, merged[k]) for k, v in torch.load(tmp_path / "b" / "merged.pt", weights_only=True).items())
+    assert all(torch.equal(v, merged[k]) for k, v in torch.load(tmp_path / "b" / "merged.pt",
+                                                                weights_only=True).items())
     base = more_lt.main(more_flags(tiny, tmp_path / "c", "--no-more", "--epochs", "1"))
     assert base["method"] == "base" and base["merged_max_abs_diff"] is None and base["low_rank_share"] == {}
-    for i, more in enumerate((["--loss", "ldam", "--schedule", "constant", "--discrepancy", "l2", "--low-rank-init", "random"],
-                              ["--loss", "focal", "--discrepancy", "kl", "--low-rank-init", "svd"], ["--amplitude", "0"],
-                              ["--loss", "ce", "--detach-general", "--precision", "bf16", "--mixup", "0.4"])):
-        more_lt.main(more_flags(tiny, tmp_path / f"d{i}", "--epochs", "1", "--amplitude", "0.1", *more))
-
+    for i, more in enumerate(("--loss ldam --schedule constant --discrepancy l2 --low-rank-init random",
+                              "--amplitude 0",
+                              "--loss focal --discrepancy kl --low-rank-init svd",
+                              "--loss ce --detach-general --precision bf16 --mixup 0.4")):
+        more_lt.main(more_flags(tiny, tmp_path / f"d{i}", "--epochs", "1", "--amplitude", "0.1", *more.split()))
 
 def test_logged_loss_is_the_mean_over_the_images_seen(tiny, tmp_path, monkeypatch):
     """336 images in batches of 110: the last six are left out; the real loss is replaced by a constant."""
     monkeypatch.setattr(more_lt, "balanced_softmax", lambda logits, *rest, **counts: 0 * logits.sum() + 1)
     more_lt.main(more_flags(tiny, tmp_path, "--batch-size", "110", "--epochs", "1", "--no-more"))
     assert abs(losses_of(tmp_path)[0] - 1) < 1e-6
-
 
 def test_multi_label_losses_by_hand():
     """Each formula as its paper prints it, label by label in float64."""
@@ -624,33 +618,35 @@ def test_multi_label_losses_by_hand():
     easy = torch.where(y > 0, 20.0, -20.0).double()
     assert more_lt.asymmetric_loss(easy, y) < 1e-6 and more_lt.distribution_balanced_loss(easy, y, counts, total) < 1e-6
     full, general, prior = z, z + torch.randn_like(z), torch.tensor(counts, dtype=torch.float64) / sum(counts)
-    sample = sum(sum(prior[k] for k in range(4) if y[i, k]) / y[i].sum() * ((full[i] - general[i]) ** 2).sum() for i in range(5)) / 5
+    mean_prior = [sum(prior[k] for k in range(4) if y[i, k]) / y[i].sum() for i in range(5)]
+    sample = sum(mean_prior[i] * ((full[i] - general[i]) ** 2).sum() for i in range(5)) / 5
     assert more_lt.more_loss(full, general, prior, y).item() == pytest.approx(sample.item())
     by_class = sum(prior[k] * (full[i, k] - general[i, k]) ** 2 for i in range(5) for k in range(4)) / 5
     assert more_lt.more_loss(full, general, prior, y, prior_weight="class").item() == pytest.approx(by_class.item())
     s = lambda v: 1 / (1 + math.exp(-v))
-    coins = sum(a * math.log(a / b) for f, g in zip(full[0].tolist(), general[0].tolist()) for a, b in ((s(f), s(g)), (1 - s(f), 1 - s(g))))
+    pairs = [(s(f), s(g)) for f, g in zip(full[0].tolist(), general[0].tolist())]
+    coins = sum(a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in pairs)
     assert more_lt.discrepancies(full, general, "kl", multi_label=True)[0].sum().item() == pytest.approx(coins)
-
 
 def test_average_precision_by_hand():
     scores = torch.tensor([[0.9, 0.5, 1.0], [0.8, 0.5, 2.0], [0.7, 0.5, 3.0], [0.6, 0.1, 4.0]])
     targets = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
     ap = more_lt.average_precision(scores, targets)
-    assert ap[:2].tolist() == pytest.approx([(1 / 1 + 2 / 3) / 2, 2 / 3]) and ap[2].isnan()  # three equal scores are one threshold
+    assert ap[:2].tolist() == pytest.approx([(1 / 1 + 2 / 3) / 2,
+                                             2 / 3]) and ap[2].isnan()  # three equal scores are one threshold
     of1, cf1 = more_lt.f1_scores(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1, 0], [1, 1]]))
-    assert (of1, cf1) == (pytest.approx(100 * 2 * 2 / (3 + 3)), pytest.approx(100 * 2 * 0.5 * 0.5 / 1))  # precision 1, 0; recall 1, 0
-
+    assert (of1, cf1) == (pytest.approx(100 * 2 * 2 / (3 + 3)), pytest.approx(100 * 2 * 0.5 * 0.5 / 1))
 
 def test_several_labels_end_to_end(several, tmp_path):
-    flags = ["--dataset", str(several), "--arch", "resnet20", "--device", "cpu", "--epochs", "1", "--batch-size", "50", "--lr", "0.02"]
+    flags = ["--dataset", str(several), "--arch", "resnet20", "--device", "cpu", "--epochs", "1", "--batch-size", "50",
+             "--lr", "0.02"]
     for i, more in enumerate((["--loss", "bce", "--no-more"], ["--loss", "asl", "--prior-weight", "class"],
                               ["--loss", "db", "--discrepancy", "kl"], ["--loss", "focal", "--amplitude", "0"])):
         result = more_lt.main([*flags, "--amplitude", "0.1", *more, "--out", str(tmp_path / str(i))])
-        assert result["metric"] == "mAP" and 5 < result["acc"]["all"] < 100 and set(result["results"]["test"]) >= {"of1", "cf1"}
+        assert result["metric"] == "mAP" and 5 < result["acc"]["all"] < 100 and result["results"]["test"]["of1"] >= 0
     with pytest.raises(InputError, match="--loss ce: .* has several labels"):
         more_lt.main([*flags, "--loss", "ce", "--out", str(tmp_path / "never")])
-    with pytest.raises(InputError, match="several labels an image, which DO is not made for"):
+    with pytest.raises(InputError, match="several labels an image, which DO is not for"):
         do_lt.main(["--dataset", str(several), "--out", str(tmp_path / "never")])
     labels = load_dataset(str(several)).train.labels
     drawn = labels[ClassSampler(labels, np.full(6, 1 / 6), 6000, 0).indices()]
@@ -660,7 +656,6 @@ def test_several_labels_end_to_end(several, tmp_path):
     kept, left = data_lt.longtail_multilabel(labels, longtail_counts(6, 200, 20))
     counts = np.sort(labels[kept].sum(0))
     assert not set(kept) & set(left) and counts[0] == 10 and counts[-1] > 5 * counts[0]
-
 
 def test_multi_label_datasets_in_their_published_layouts(tmp_path):
     def photo(*where):
@@ -685,13 +680,14 @@ def test_multi_label_datasets_in_their_published_layouts(tmp_path):
     text(f"<a>{objects}</a>", "VOCdevkit", "VOC2007", "Annotations", "t.xml")
     data = load_dataset("voc_mlt", tmp_path, size=16)
     assert data.counts.tolist() == [2] * 20 and np.flatnonzero(data.test.labels[0]).tolist() == [7, 11]
-    text("\n".join(f"id{c}" for c in range(20)), "lists", "img_id.txt")  # the published list has no labels: VOC's annotations do
+    text("\n".join(f"id{c}" for c in range(20)), "lists", "img_id.txt")  # no labels there: VOC's annotations have them
     for c in range(20):
-        text(f"<a><object><name>{data_lt.VOC[c]}</name></object></a>", "VOCdevkit", "VOC2012", "Annotations", f"id{c}.xml")
+        text(f"<a><object><name>{data_lt.VOC[c]}</name></object></a>", "VOCdevkit", "VOC2012", "Annotations",
+             f"id{c}.xml")
     assert load_dataset("voc_mlt", tmp_path, lists=tmp_path / "lists").train.labels.tolist() == np.eye(20).tolist()
     text("1 0 1\n2 1\n", "coco_mlt_train_labels.txt")
-    for name in ("train2017/000000000001.jpg", "train2017/000000000002.jpg", "val2017/000000000009.jpg", "val2017/000000000008.jpg"):
-        photo(*name.split("/"))
+    for name in ("train2017/000000000001", "train2017/000000000002", "val2017/000000000009", "val2017/000000000008"):
+        photo(*f"{name}.jpg".split("/"))
     categories = [{"id": 90, "name": "b"}, {"id": 3, "name": "a"}]
     images = [{"id": i, "file_name": f"00000000000{i}.jpg"} for i in (9, 8)]
     tests = {"categories": categories, "annotations": [{"image_id": 9, "category_id": 90}], "images": images}
@@ -701,7 +697,8 @@ def test_multi_label_datasets_in_their_published_layouts(tmp_path):
     assert data.test.labels.tolist() == [[0, 1]], "images without an object are left out"
     text("1\n2\n", "lists", "coco_mlt_img_id.txt")
     trains = [{"image_id": 1, "category_id": 90}, {"image_id": 2, "category_id": 3}]
-    text(json.dumps({"categories": categories, "images": [], "annotations": trains}), "annotations", "instances_train2017.json")
+    content = {"categories": categories, "images": [], "annotations": trains}
+    text(json.dumps(content), "annotations", "instances_train2017.json")
     assert load_dataset("coco_mlt", tmp_path, lists=tmp_path / "lists").train.labels.tolist() == [[0, 1], [1, 0]]
     from scipy.io import savemat
     for i in range(20):
@@ -716,16 +713,18 @@ def test_multi_label_datasets_in_their_published_layouts(tmp_path):
     for part in ("Train", "Test"):
         text("".join(f"a\\{i}.jpg\n" for i in range(34)), "ImageList", f"{part}Imagelist.txt")
         for k, scene in enumerate(data_lt.SCENES):
-            text("".join(f"{int(i == k)}\n" for i in range(34)), "Groundtruth", "TrainTestLabels", f"Labels_{scene}_{part}.txt")
+            ones = "".join(f"{int(i == k)}\n" for i in range(34))
+            text(ones, "Groundtruth", "TrainTestLabels", f"Labels_{scene}_{part}.txt")
     with pytest.raises(InputError, match="66 of 66 images are not there"):  # two of the 68 have no scene
         load_dataset("nuswide_scene", tmp_path)
     for i in range(34):
         photo("Flickr", "a", f"{i}.jpg")
     assert load_dataset("nuswide_scene", tmp_path).counts.tolist() == [1] * 33
-    for name, message in (("voc_mlt", "unpack VOC 2012"), ("coco_mlt", "unpack COCO"), ("miml", "labels.csv"), ("nuswide_scene", "Groundtruth")):
+    says = {"voc_mlt": "unpack VOC 2012", "coco_mlt": "unpack COCO", "miml": "labels.csv",
+            "nuswide_scene": "Groundtruth"}
+    for name, message in says.items():
         with pytest.raises(InputError, match=message):
             load_dataset(name, tmp_path / "nowhere", lists=tmp_path if name.endswith("mlt") else None)
-
 
 @pytest.mark.skipif(not (DATA_ROOT / "lists").exists(), reason="DATA_ROOT has no lists")
 def test_published_lists():
@@ -736,7 +735,8 @@ def test_published_lists():
         assert counts.tolist() == json.loads((folder / f"{name}_mlt_class_freq.json").read_text())["class_freq"]
         published = json.loads((folder / f"{name}_mlt_class_split.json").read_text())
         groups = data_lt.Dataset(f"{name}_mlt", *[data_lt.Split(labels, labels)] * 3, counts, [], "").groups
-        assert [groups[g].tolist() for g in ("many", "medium", "few")] == [published[g] for g in ("head", "middle", "tail")]
+        assert [groups[g].tolist() for g in ("many", "medium", "few")] == [published[g] for g in ("head", "middle",
+                                                                                                  "tail")]
     for name, published in data_lt.PUBLISHED.items():
         for part in ("train", "val", "test"):
             if part in published and (file := DATA_ROOT / "lists" / name / published[part][0][0]).exists():
@@ -747,8 +747,8 @@ def test_published_lists():
                     assert (len(counts), counts.max(), counts.min()) == published["classes"]
                     assert [len(c) for c in class_groups(counts).values()] == [131, 163, 71]  # Places-LT
     counts = np.loadtxt(DATA_ROOT / "lists" / "imagenet_lt" / "ImageNet_LT_train_counts.txt", dtype=int)
-    assert counts.sum() == data_lt.PUBLISHED["imagenet_lt"]["train"][1] and [len(c) for c in class_groups(counts).values()] == [385, 479, 136]
-
+    assert counts.sum() == data_lt.PUBLISHED["imagenet_lt"]["train"][1]
+    assert [len(c) for c in class_groups(counts).values()] == [385, 479, 136]
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "RN50"])
 def test_clip_trains_merges_and_loads_back(name, tmp_path):
@@ -758,7 +758,8 @@ def test_clip_trains_merges_and_loads_back(name, tmp_path):
               (("images", rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)), ("labels", np.arange(6) % 3))}
     np.savez(tmp_path / "few.npz", class_names=np.array(["cat", "dog", "cow"]), **arrays)
     flags = ["--dataset", str(tmp_path / "few.npz"), "--arch", f"clip:{name}", "--pretrained", "0"]
-    result = more_lt.main([*flags, "--size", "64", "--epochs", "2", "--batch-size", "6", "--lr", "1e-3", "--amplitude", "0.1", "--device",
+    result = more_lt.main([*flags, "--size", "64", "--epochs", "2", "--batch-size", "6", "--lr", "1e-3", "--amplitude",
+                           "0.1", "--device",
                            "cpu", "--precision", "fp32", "--out", str(tmp_path / "run"), "--export"])
     assert result["merged_max_abs_diff"] < 1e-5 and result["args"]["optimizer"] == "adamw"
     assert max(result["low_rank_share"].values()) > 0 and not any("head" in layer for layer in result["low_rank_share"])
@@ -768,14 +769,12 @@ def test_clip_trains_merges_and_loads_back(name, tmp_path):
     with pytest.raises(InputError, match="--head text: needs"):
         more_lt.main([*flags, "--head", "text", "--out", str(tmp_path / "never")])
 
-
 def test_clip_without_open_clip_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(InputError, match="pip install open_clip_torch"):
-        models.build_model("clip:ViT-B-16", 3)
+        more_lt.ClipClassifier("clip:ViT-B-16", 3)
 
-
-# -------------------------------------------------------------------------------- several processes, interruptions, devices
+# ---------------------------------------------------------------------------- several processes, interruptions, devices
 
 @pytest.mark.parametrize("method", ["do", "more"])
 def test_two_processes_train(method, tiny, tmp_path):
@@ -783,7 +782,8 @@ def test_two_processes_train(method, tiny, tmp_path):
     flags = {"do": do_flags(tiny, tmp_path, "--epochs", "1", "--tpd-steps", "2"),
              "more": more_flags(tiny, tmp_path, "--amplitude", "0.1", "--epochs", "2")}[method]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*start, HERE / f"{method}_lt.py", *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+    done = subprocess.run([*start, HERE / f"{method}_lt.py", *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
@@ -791,60 +791,13 @@ def test_two_processes_train(method, tiny, tmp_path):
     assert len(rows) == {"do": 3, "more": 2}[method] and float(rows[-1]["loss"]) < 3 and result["acc"]["all"] > 10
     assert done.stdout.count("result: ") == 1, "all but the first process are silent"
 
-
-# Children of one process that has imported torch but not used it: each runs the script, most are killed at a random moment.
-KILLER = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import do_lt
-
-def attempt(out, limit):
-    start, pid = time.time(), os.fork()
-    if pid == 0:
-        sys.stdout = open(os.devnull, "w")
-        do_lt.main([*sys.argv[2:], "--out", out, "--resume"])
-        os._exit(0)
-    while time.time() - start < limit:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert status == 0, status
-            return time.time() - start
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-whole = attempt(sys.argv[1] + "/unbroken", 1e9)
-kills, runs, rng = 0, 0, random.Random(0)
-while kills < 20:
-    runs += 1
-    while not attempt(f"{sys.argv[1]}/killed{runs}", rng.uniform(0, whole / 2) if kills < 20 else 1e9):
-        kills += 1
-"""
-
-
-def test_killed_twenty_times(tiny, tmp_path):
-    flags = do_flags(tiny, "OUT", "--export", "--epochs", "2,1,1", "--aug", "none", "--tpd-steps", "2", "--importance-images", "2")
-    (tmp_path / "killer.py").write_text(KILLER)
-    run = subprocess.run([sys.executable, str(tmp_path / "killer.py"), str(tmp_path), *flags], timeout=600, capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert run.returncode == 0, run.stderr
-    killed = sorted(tmp_path.glob("killed*"))
-    assert killed
-    for folder in killed:
-        if (folder / "result.json").exists():  # the last may have been killed for the twentieth time
-            for t in (1, 2, 3):
-                a, b = (torch.load(f / f"submodel{t}.pt", weights_only=True) for f in (tmp_path / "unbroken", folder))
-                assert all(torch.equal(a[k], b[k]) for k in a), "the killed run ended elsewhere"
-    assert any((folder / "result.json").exists() for folder in killed)
-
-
 def test_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path):
     import resource
     more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1", "--no-more"))
     before = (tmp_path / "last.pt").read_bytes()
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, old[1]))  # the system refuses to write on, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,
+                                               old[1]))  # the system refuses to write on, as on a full disk
     try:
         with pytest.raises(InputError, match="last.pt cannot be written .* make room"):
             models.write_atomic(tmp_path / "last.pt", lambda tmp: torch.save(torch.zeros(len(before)), tmp))
@@ -852,55 +805,41 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "last.pt.tmp").exists()
 
-
 def test_everything_in_the_step_stays_on_the_device(tiny, several):
-    """On "meta" nothing can be read back: a tensor of another device, or a value asked for within the step, raises there."""
+    """On "meta" nothing can be read back: a tensor of another device, or a value asked for within the step, raises
+    there."""
     meta = torch.device("meta")
     for dataset, kind in ((tiny, "strong"), (tiny, "basic"), (several, "strong")):
         data = load_dataset(str(dataset)).to(CPU, 56, kind)
         stats = data.mean, data.std
         data = data.to(meta, 56, kind, stats=tuple(v.to(meta) for v in stats))
         picks = data.sampler(None, 0).indices()
-        args = argparse.Namespace(precision="fp32", mixup=0.4, weight_decay=5e-4, seed=0, discrepancy="l2", prior_weight="sample",
-                                  optimizer="sgd", lr=0.1, low_rank_decay=0.0, views=2, compile=0)
+        args = argparse.Namespace(precision="fp32", mixup=0.4, weight_decay=5e-4, seed=0, discrepancy="l2",
+                                  prior_weight="sample",
+                                  optimizer="sgd", lr=0.1, low_rank_decay=0.0, views=2, compile=0, recipe="default")
         rng, plain = np.random.default_rng(0), lambda: models.build_model("resnet20", 6).to(meta)
         if not data.multi_label:
             model = models.add_owner_masks(plain())
-            optimizer = do_lt.make_optimizer(model, 0.1, True)
+            optimizer = do_lt.make_optimizer(model, 0.1, args)
             alive = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in models.owned_layers(model).items()}
             masks = do_lt.trainable_masks(model, alive)
-            sums = do_lt.train(model, optimizer, data.batches(picks, [0]), [0.1] * 6, torch.zeros(6, device=meta), masks, data, args, rng)
+            sums = do_lt.train(model, optimizer, data.batches(picks, [0]), [0.1] * 6, torch.zeros(6, device=meta),
+                               masks, data, args, rng)
             assert sums.shape == (3, 6) and sums.is_meta
-            probs = torch.stack([models.predict(model, data.test.images, data, args, 2).softmax(2)] * 3)
+            probs = torch.stack([do_lt.predict(model, data.test.images, data, args, 2).softmax(2)] * 3)
             assert do_lt.instance_weights(probs[:, 1], probs[:, 2]).shape == (120, 3) and probs.is_meta
             assert do_lt.product(probs[:, 0].log(), torch.zeros(5, device=meta), data.counts_t).is_meta
         model = models.add_low_rank(plain())
         losses = [more_lt.base_losses(data)["asl" if data.multi_label else "bsce"]] * 2
         network = more_lt.TwoPasses(model, True)
         plan = [(0.1, 1.0, False)] * 6
-        sums = more_lt.train(network, more_lt.make_optimizer(model, args), data.batches(picks, [0]), plan, losses, data, args, rng)
+        sums = more_lt.train(network, more_lt.make_optimizer(model, args), data.batches(picks, [0]), plan, losses,
+                             data, args, rng)
         assert sums.shape == (5, 6) and sums.is_meta
     with pytest.raises(Exception, match="meta"):
         sums.sum().item()
 
-
-# --------------------------------------------------------------------------------------------------- photographs and lists
-
-def test_random_resized_crop_agrees_with_torchvision():
-    class Fixed:  # parts of 25 % and 64 % of the area, at known places
-        def __init__(self):
-            self.draws = iter([np.array([0.25, 0.64]), np.zeros(2), np.array([0.5, 0.25]), np.array([0.0, 1.0]), np.array([0.9, 0.1])])
-
-        def uniform(self, low, high, size):
-            return next(self.draws)
-        random = lambda self, size: next(self.draws)
-    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 40, 40), dtype=np.uint8))
-    ours = data_lt.random_resized_crop(x, Fixed(), 24)
-    first = TF.resized_crop(x[0], 0, 10, 20, 20, [24, 24], antialias=False)
-    second = TF.hflip(TF.resized_crop(x[1], 8, 2, 32, 32, [24, 24], antialias=False))
-    for mine, theirs in ((ours[0], first), (ours[1], second)):  # at the very edge ours sees the pixels beside the part
-        assert (mine.int() - theirs.int())[:, 1:-1, 1:-1].abs().max() <= 1
-
+# ------------------------------------------------------------------------------------------------ photographs and lists
 
 def test_photographs_packed_or_not_train(tmp_path):
     rng = np.random.default_rng(0)
@@ -910,25 +849,31 @@ def test_photographs_packed_or_not_train(tmp_path):
             for i in range(n // (1 + 4 * c * (part == "train"))):
                 image = (rng.integers(0, 100, (60, 90, 3) if i % 2 else (90, 60, 3)) + 120 * c).astype(np.uint8)
                 Image.fromarray(image).save(tmp_path / "photos" / part / f"class {c}" / f"{i}.png")
-    subprocess.run([sys.executable, HERE / "data_lt.py", "--dataset", tmp_path / "photos", "--pack", tmp_path / "packed", "--size", "40",
+    subprocess.run([sys.executable, HERE / "data_lt.py", "--dataset", tmp_path / "photos", "--pack",
+                    tmp_path / "packed", "--size", "40",
                     "--workers", "0"], check=True, stdout=subprocess.PIPE)
     a, b = load_dataset(str(tmp_path / "photos"), size=35).to(CPU, 8), load_dataset(str(tmp_path / "packed")).to(CPU, 8)
-    assert b.crop == 35 and b.class_names == a.class_names and b.counts.tolist() == [30, 6] and isinstance(b.train.images, np.memmap)
+    assert b.crop == 35 and b.class_names == a.class_names and b.counts.tolist() == [30,
+                                                                                     6] and isinstance(b.train.images,
+                                                                                                       np.memmap)
     decoded, packed = (torch.cat([x for _, x in d.test_batches(d.test.images)]).int() for d in (a, b))
     assert (packed - decoded).abs().max() <= 2, "the same pixels as decoded from the files"
     clean = [next(iter(d.rows([np.array([3, 1])]))) for d in (a, b)]
-    assert (clean[0] - clean[1]).abs().max() < 0.1
-    flags = ["--arch", "resnet20", "--batch-size", "8", "--device", "cpu", "--lr", "0.02", "--workers", "0", "--size", "32", "--warmup", "0"]
+    a_pixels, b_pixels = (x * d.std.view(1, 3, 1, 1) + d.mean.view(1, 3, 1, 1) for x, d in zip(clean, (a, b)))
+    assert (a_pixels - b_pixels).abs().max() < 3
+    flags = ["--arch", "resnet20", "--batch-size", "8", "--device", "cpu", "--lr", "0.02", "--workers", "0", "--size",
+             "32", "--warmup", "0"]
     for i, dataset in enumerate(("photos", "packed")):
-        more_lt.main(["--dataset", str(tmp_path / dataset), *flags, "--epochs", "2", "--no-more", "--out", str(tmp_path / f"more{i}")])
+        more_lt.main(["--dataset", str(tmp_path / dataset), *flags, "--epochs", "2", "--no-more", "--out",
+                      str(tmp_path / f"more{i}")])
         assert len(losses_of(tmp_path / f"more{i}")) == 2
-        do_lt.main(["--dataset", str(tmp_path / dataset), *flags, "--epochs", "1", "--tpd-iters", "1", "--tpd-steps", "1", "--order",
+        do_lt.main(["--dataset", str(tmp_path / dataset), *flags, "--epochs", "1", "--tpd-iters", "1", "--tpd-steps",
+                    "1", "--order",
                     "medium,few", "--out", str(tmp_path / f"do{i}")])
     data_lt.pack(a, tmp_path / "one.npz", 0, 0)
     assert load_dataset(str(tmp_path / "one.npz")).test.images.shape == (12, 35, 35, 3)
     with pytest.raises(InputError, match="--size 64: .* holds images of 40 pixels"):
         load_dataset(str(tmp_path / "packed"), size=64)
-
 
 def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     (tmp_path / "images" / "train" / "a").mkdir(parents=True)
@@ -939,7 +884,8 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     data = load_dataset("places_lt", tmp_path / "images", lists=tmp_path, size=32)
     assert data.counts.tolist() == [2, 2] and data.class_names == ["a", "a"] and data.side == 32
     said = capsys.readouterr().out
-    assert "lists 4 images, the published one 62,500" in said and "has 2 classes of 2..2 images, the published one 365 of 4980..5" in said
+    assert "lists 4 images, the published one 62,500" in said
+    assert "has 2 classes of 2..2 images, the published one 365 of 4980..5" in said
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
     with pytest.raises(InputError, match=r"3 of 12 images are not there, the first: .*train/a/2.jpg"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
@@ -948,7 +894,6 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     content = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [{"image_id": 7, "category_id": 3}]}
     (tmp_path / "train2018.json").write_text(json.dumps(content))
     assert data_lt.read_list(tmp_path / "train2018.json") == (["a.jpg"], [[3]])
-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_photographs_are_decoded_alike_by_any_number_of_processes(workers, tmp_path):
@@ -964,7 +909,8 @@ def test_photographs_are_decoded_alike_by_any_number_of_processes(workers, tmp_p
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole, again))
     assert not torch.equal(whole[0][0], next(data.batches(picks, [2]))[0])
     if workers:  # a script that leaves in mid-epoch, or is told to end, does not wait for its decoders
-        cut = f"import sys, numpy as np, data_lt; files = data_lt.ImageFiles([f'{tmp_path}/{{i}}.png' for i in range(6)], 32)\n" \
+        cut = "import sys, numpy as np, data_lt\n" \
+              f"files = data_lt.ImageFiles([f'{tmp_path}/{{i}}.png' for i in range(6)], 32)\n" \
               f"batches = files.batches(np.arange(6), 1, {workers}); next(batches); sys.exit(4)"
         assert subprocess.run([sys.executable, "-c", cut], cwd=HERE, timeout=60).returncode == 4
     (tmp_path / "3.png").write_bytes(b"no photograph")
@@ -972,23 +918,7 @@ def test_photographs_are_decoded_alike_by_any_number_of_processes(workers, tmp_p
         list(data.test_batches(files))
     assert not multiprocessing.active_children()
 
-
-def test_list_of_the_size_of_inaturalist(tmp_path):
-    """437,513 lines and 8,142 classes: list, groups, sampler and one epoch's draws in a process of its own."""
-    rng = np.random.default_rng(0)
-    labels = np.concatenate([np.arange(8142).repeat(2), rng.integers(0, 8142, 437513 - 2 * 8142)])
-    (tmp_path / "list.txt").write_text("".join(f"train_val2018/Plantae/{y}/{i:032x}.jpg {y}\n" for i, y in enumerate(labels)))
-    code = ("import resource, sys, time, numpy as np, data_lt; usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "start, base = time.time(), usage()\n"
-            "paths, labels = data_lt.read_list(sys.argv[1]); labels = np.ravel(labels); groups = data_lt.class_groups(np.bincount(labels))\n"
-            "draws = data_lt.ClassSampler(labels, np.full(8142, 1 / 8142), len(labels), 0).indices()\n"
-            "print(len(draws), time.time() - start, (usage() - base) / 2 ** 20)")
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "list.txt")], cwd=HERE, capture_output=True, text=True, check=True)
-    n, seconds, gigabytes = map(float, run.stdout.split())
-    assert n == 437513 and seconds < 20 and gigabytes < 1, run.stdout  # the aim is 5 s; a busy machine gets 20
-
-
-# --------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
     """SPEC's table of bad input, through both scripts where both know the flag."""
@@ -1011,10 +941,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
     multi = dict(test_labels=tests, **novals)
     both = [
         (["--dataset", "cifar1000"], "--dataset cifar1000: unknown"),
-        (npz("unlabelled", train_labels=rows * (np.arange(len(rows)) != 7)[:, None], **multi), "1 images without a label, the first is image 7"),
+        (npz("unlabelled", train_labels=rows * (np.arange(len(rows)) != 7)[:, None], **multi),
+         "1 images without a label, the first is image 7"),
         (npz("noclass", train_labels=hole, **multi), "class 4 has no training image"),
         (npz("twos", train_labels=rows * 2, **multi), "several labels an image are marked by 0 and 1"),
-        (npz("wide", train_labels=rows, test_labels=np.hstack([tests, tests[:, :1]]), **novals), "store a row of 6 an image"),
+        (npz("wide", train_labels=rows, test_labels=np.hstack([tests, tests[:, :1]]), **novals),
+         "store a row of 6 an image"),
         (npz("mixed", test_labels=tests), "store one number an image, as in train_labels"),
         (npz("mixed2", train_labels=rows), "store a row of 6 an image, as in train_labels"),
         ([*known, "--arch", "googlenet"], "--arch googlenet: unknown"),
@@ -1025,8 +957,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         ([*known, "--imb-type", "step"], "--imb-type step"),
         ([*known, "--size", "-5"], "--size -5"),
         ([*known, "--arch", "vit_b_16"], "--arch vit_b_16 cannot take images of 8 pixels"),
-        ([*known, "--weights", str(tmp_path / "none.pt")], "none.pt: no such file"),
-        ([*known, "--weights", str(tmp_path / "junk" / "last.pt")], "cannot be read as weights"),
+        ([*known, "--weights", str(tmp_path / "none.pt")], "no such file; give what torch.save wrote"),
+        ([*known, "--weights", str(tmp_path / "junk" / "last.pt")], "junk/last.pt: damaged or of another kind"),
         ([*known, "--weights", str(do_run[0] / "submodel1.pt"), "--arch", "resnet32"], "weights of the same --arch"),
         ([*known, "--workers", "-1"], "--workers: -1: must be at least 0"),
         (["--dataset", str(tmp_path / "none.npz")], "none.npz: no such file"),
@@ -1034,7 +966,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         (["--dataset", str(tmp_path / "empty")], "needs train/CLASS"),
         (npz("keys", test_labels=None), "lacks test_labels"),
         (npz("label", test_labels=good["test_labels"] + 3), "they must lie in 0..5"),
-        (npz("hole", train_labels=np.minimum(good["train_labels"], 4), class_names=np.arange(6).astype(str)), "class 5 has no training image"),
+        (npz("hole", train_labels=np.minimum(good["train_labels"], 4), class_names=np.arange(6).astype(str)),
+         "class 5 has no training image"),
         (npz("type", train_images=good["train_images"].astype(np.float32)), "store uint8"),
         (["--dataset", "synth", "--imb", "0.5"], "--imb 0.5"),
         ([*known, "--imb", "1e6"], "without a training image"),
@@ -1044,9 +977,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         ([*known, "--lr", "nan"], "--lr: nan: must be above 0"),
         ([*known, "--views", "1"], "--views: 1: must be at least 2"),
         (npz("text", train_labels=np.array(["a"] * COUNTS.sum())), "store one whole number"),
-        (npz("notest", test_images=good["test_images"][:0], test_labels=good["test_labels"][:0]), "test_labels is empty"),
-        ([*known, "--device", "cuda:63"], "--device cuda:63"),
-        ([*known, "--device", "abacus"], "--device abacus"),
+        (npz("notest", test_images=good["test_images"][:0], test_labels=good["test_labels"][:0]),
+         "test_labels is empty"),
+        ([*known, "--device", "cuda:63"], "--device cuda:63: not to be had"),
+        ([*known, "--device", "abacus"], "--device abacus: not to be had"),
         ([*known, "--device", "cpu", "--precision", "fp32", "--out", str(tiny)], "cannot be made a folder"),
         ([*known, "--out", str(tmp_path / "junk"), "--resume"], "cannot be read"),
         ([*known, "--seed", str(10 ** 30)], "--seed: "),
@@ -1062,7 +996,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         ([*known, "--loss", "hinge"], "--loss: invalid choice"),
         ([*known, "--head", "text"], "--head text: needs"),
         (more_flags(tiny, tmp_path / "more"), "holds a run"),
-        (more_flags(tiny, tmp_path / "more", "--resume", "--epochs", "1", "--amplitude", "1"), "--amplitude was 2.0, now 1.0"),
+        (more_flags(tiny, tmp_path / "more", "--resume", "--epochs", "1", "--amplitude", "1"),
+         "--amplitude was 2.0, now 1.0"),
         (more_flags(tiny, do_run[0], "--resume"), "is of another run"),
     ]
     only_do = [
@@ -1078,7 +1013,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
         (do_flags(tiny, do_run[0]), "holds a run"),
         (do_flags(tiny, do_run[0], "--resume", "--rho", "0.6"), "--rho was 0.7, now 0.6"),
     ]
-    for main, flags, message in [(m, *case) for m, cases in ((do_lt.main, both + only_do), (more_lt.main, both + only_more)) for case in cases]:
+    for main, flags, message in [(m, *case) for m, cases in ((do_lt.main, both + only_do),
+                                                             (more_lt.main, both + only_more)) for case in cases]:
         flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path / "never")]
         with pytest.raises(InputError) as caught:
             main(flags)
@@ -1087,7 +1023,6 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, do_run, tmp_path):
     run = subprocess.run([sys.executable, HERE / "do_lt.py", "--dataset", "cifar1000"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: --dataset cifar1000") and run.stderr.count("\n") == 1
 
-
 def test_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
@@ -1095,8 +1030,8 @@ def test_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="by hand"):
         load_dataset("cifar10", tmp_path)
 
-
-@pytest.mark.parametrize("script, loss, flags", [(do_lt, "compensation_loss", do_flags), (more_lt, "more_loss", more_flags)])
+@pytest.mark.parametrize("script, loss, flags", [(do_lt, "compensation_loss", do_flags),
+                                                 (more_lt, "more_loss", more_flags)])
 def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tiny, tmp_path, monkeypatch, capsys):
     real, calls = getattr(script, loss), []
 
@@ -1110,46 +1045,35 @@ def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tin
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
 
-
-# -------------------------------------------------------------------------------------------- pieces to copy, tables, README
+# --------------------------------------------------------------------------------------- pieces to copy, tables, README
 
 LIFTED = {  # each in an empty file with one other function of ours at most, and what it must then do
-    ("instance_weights", do_lt): ["simplex_lattice", "p = torch.rand(2, 3, 5, 4).softmax(-1)\nassert instance_weights(*p).shape == (5, 3)"],
-    ("stage_class_probs", do_lt): ["stage_classes", "assert abs(stage_class_probs([200, 50, 5], 'medium', 0.7).sum() - 1) < 1e-9"],
-    ("compensation_alpha", do_lt): ["stage_classes", "assert compensation_alpha([200, 50, 5], 'few', 0.7)[2] == 200 / 255"],
-    ("taylor_importance", do_lt): [None, "w = torch.ones(2, requires_grad=True)\nassert taylor_importance([w], [(w * w).sum()])[0].tolist() == [4, 4]"],
-    ("ClassSampler", data_lt): [None, "assert len(ClassSampler([0, 0, 1], [0.5, 0.5], 8, 0).indices()) == 8"],
-    ("more_loss", more_lt): ["discrepancies", "z = torch.rand(2, 3)\nassert more_loss(z, z, [0.5, 0.3, 0.2], torch.tensor([0, 2])) == 0"],
-    ("add_low_rank", models): ["LowRank", "net = add_low_rank(nn.Sequential(nn.Linear(3, 4)))\nassert hasattr(net[0], 'parametrizations')"],
-    ("general_only", models): ["LowRank", "net = nn.Linear(3, 4)\nwith general_only(net) as same:\n    assert same is net"],
-    ("merge_low_rank", models): ["LowRank", "assert merge_low_rank(nn.Linear(3, 4)).weight.shape == (4, 3)"],
-}
-HEAD = ("import numpy as np\nimport torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom torch.nn.utils import parametrize\n"
-        "from contextlib import contextmanager, nullcontext\nfrom itertools import combinations\n")
+    "do_lt.instance_weights simplex_lattice": "assert len(instance_weights(*torch.rand(2, 3, 5, 4).softmax(-1))) == 5",
+    "do_lt.stage_class_probs stage_classes": "assert stage_class_probs([200, 50, 5], 'few', 0.7)[0] == 1 / 3",
+    "do_lt.compensation_alpha stage_classes": "assert compensation_alpha([200, 50, 5], 'few', 0.7)[2] == 200 / 255",
+    "do_lt.taylor_importance": "w = torch.ones(2, requires_grad=True)\n"
+                               "assert taylor_importance([w], [(w * w).sum()])[0].tolist() == [4, 4]",
+    "data_lt.ClassSampler": "assert len(ClassSampler([0, 0, 1], [0.5, 0.5], 8, 0).indices()) == 8",
+    "more_lt.more_loss discrepancies": "z = torch.rand(2, 3)\nassert more_loss(z, z, z[0], torch.tensor([0, 2])) == 0",
+    "models.add_low_rank LowRank": "assert hasattr(add_low_rank(nn.Linear(3, 4)), 'parametrizations')",
+    "models.general_only LowRank": "net = nn.Linear(3, 4)\nwith general_only(net) as same:\n    assert same is net",
+    "models.merge_low_rank LowRank": "assert merge_low_rank(nn.Linear(3, 4)).weight.shape == (4, 3)"}
+HEAD = ("import numpy as np\nimport torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom itertools "
+        "import combinations\nfrom torch.nn.utils import parametrize\nfrom contextlib import contextmanager, "
+        "nullcontext\n")
 
-
-@pytest.mark.parametrize("name, module", LIFTED)
-def test_pieces_can_be_lifted_out(name, module):
-    other, use = LIFTED[name, module]
-    code = "\n\n".join([HEAD, *(inspect.getsource(getattr(module, n)) for n in (other, name) if n), use])
-    exec(compile(code, name, "exec"), {})
-
+@pytest.mark.parametrize("what", LIFTED)
+def test_pieces_can_be_lifted_out(what):
+    module, names = what.split(".", 1)
+    pieces = [inspect.getsource(getattr(globals()[module], name)) for name in names.split()[::-1]]
+    exec(compile("\n\n".join([HEAD, *pieces, LIFTED[what]]), what, "exec"), {})
 
 def test_equations_carry_their_numbers():
-    numbers = {"stage_class_probs": "Eq. 1", "compensation_loss": "Eq. 2", "compensation_alpha": "Eq. 3", "gradual_ratio": "Eq. 4",
+    numbers = {"stage_class_probs": "Eq. 1", "compensation_loss": "Eq. 2", "compensation_alpha": "Eq. 3",
+               "gradual_ratio": "Eq. 4",
                "instance_weights": "Eq. 5"}
     for name, number in numbers.items():
         assert getattr(do_lt, name).__doc__.startswith(number)
-
-
-def test_table_prints(tmp_path):
-    for seed, few in ((0, 10.0), (1, 14.0)):
-        (tmp_path / f"more_seed{seed}").mkdir()
-        acc = {"many": 50.0, "medium": None, "few": few, "all": 30.0}
-        (tmp_path / f"more_seed{seed}" / "result.json").write_text(json.dumps({"acc": acc}))
-    lines = data_lt.table(sorted(tmp_path.glob("*/result.json")))
-    assert lines[1].split()[:2] == ["more", "2"] and "12.0 ±  2.8" in lines[1] and " - " in lines[1]
-
 
 def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1159,7 +1083,8 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     model = models.build_model("resnet20", 3)
     for method in ("more", "do"):
         (tmp_path / "runs" / f"demo_{method}").mkdir(parents=True)
-        saved = {"arch": "resnet20", "class_names": ["a", "b", "c"], "mean": torch.zeros(3), "std": torch.ones(3), "model": model.state_dict(),
+        saved = {"arch": "resnet20", "class_names": ["a", "b", "c"], "mean": torch.zeros(3), "std": torch.ones(3),
+                 "model": model.state_dict(),
                  "stages": ["many", "few"]}
         torch.save(saved, tmp_path / "runs" / f"demo_{method}" / "model.pt")
     for t in (1, 2):

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""Tables of runs from their result.json files, mean and spread over seeds.
+
+    make table                                    README's tables again, from .ci/results/*.json alone
+    python .ci/table.py runs/*/result.json        a table of any runs; those whose names differ in the seed alone are one row
+
+README's tables stand between two marker comments, `<!-- table: NAME -->` and `<!-- end -->`; TABLES says which rows they have.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = ("many", "medium", "few", "all")
+TABLES = {}  # {name: (columns, [(label, run names without seed, path to the figures in result.json, the paper's)])}
+
+def figures(result, path):
+    """{"many", "medium", "few", "all"} in a result, found by keys with / between."""
+    for key in path.split("/"):
+        result = result[key]
+    return [result[g] for g in GROUPS]
+
+def cells(rows, spread=True):
+    """Mean, and with several seeds the standard deviation, of each column; "-" for a group without classes."""
+    out = []
+    for values in zip(*rows):
+        deviation = f" ± {np.std(values, ddof=1):.1f}" if spread and len(rows) > 1 and None not in values else ""
+        out.append("-" if None in values else f"{np.mean(values):.1f}{deviation}")
+    return out
+
+def readme_table(name, folder=ROOT / ".ci" / "results"):
+    """The lines of one of README's tables."""
+    lines = ["| | seeds | many | medium | few | all | the paper's |", "|---|---|---|---|---|---|---|"]
+    for label, run, path, paper in TABLES[name]:
+        results = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{run}_seed*.json"))]
+        lines.append(f"| {label} | {len(results)} | " + " | ".join(cells([figures(r, path) for r in results])) + f" | {paper} |")
+    return lines
+
+def rebuilt(text):
+    """README with every table between markers made anew."""
+    def table(match):
+        return f"<!-- table: {match[1]} -->\n" + "\n".join(readme_table(match[1])) + "\n<!-- end -->"
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+
+def any_runs(paths):
+    """Lines of a plain table of result.json files."""
+    runs = {}
+    for path in map(Path, paths):
+        name = path.parent.name if path.name == "result.json" else path.stem
+        runs.setdefault(re.sub(r"_seed\d+", "", name), []).append(figures(json.loads(path.read_text()), "acc"))
+    lines = [f"{'':50}{'seeds':>6}" + "".join(f"{g:>14}" for g in GROUPS)]
+    return lines + [f"{name:50}{len(rows):6}" + "".join(f"{c:>14}" for c in cells(rows)) for name, rows in sorted(runs.items())]
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print("\n".join(any_runs(sys.argv[1:])))
+    else:
+        readme = ROOT / "README.md"
+        readme.write_text(rebuilt(readme.read_text()))
