@@ -1,8 +1,9 @@
 # Two commands for a first look: `make demo` and `make test`. Both set up .venv from requirements.txt.
-#   make bench                     images/s and ratios on this machine, beside their goals (BENCH="--arch resnet50 --size 224")
-#   make reproduce-cifar DATA=...  also -imagenet, -places, -inat, and without DO -voc, -coco: DO, MORE, its baselines, a table
+#   make bench                     images/s and ratios here, beside their goals (BENCH="--arch resnet50 --size 224")
+#   make gpu                       all that needs CUDA, in nine minutes
+#   make reproduce-cifar DATA=...  DO, MORE, its baselines, a table; also -imagenet -places -inat, without DO -voc -coco
 #   make table                     README's tables again, from .ci/results
-# DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: added to every run.
+# DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: for every run.
 PYTHON ?= python3
 DATA ?= data
 LISTS ?= $(DATA)
@@ -10,6 +11,7 @@ SEEDS ?= 0 1 2
 GPUS ?= 1
 FLAGS ?=
 BENCH ?=
+GPU ?=
 V = .venv/bin/python
 RUN = $(if $(filter 1,$(GPUS)),$(V),$(V) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 # glibc keeps freed memory instead of handing it back after every step: about a tenth faster on CPUs
@@ -17,7 +19,8 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test bench table clean reproduce-cifar reproduce-imagenet reproduce-places reproduce-inat reproduce-voc reproduce-coco
+.PHONY: demo test bench gpu table clean reproduce-cifar reproduce-imagenet reproduce-places reproduce-inat \
+  reproduce-voc reproduce-coco
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -36,11 +39,14 @@ test: .venv/ready
 bench: .venv/ready  ## idle machine, please
 	$(V) .ci/bench.py $(BENCH)
 
+gpu:  ## on a machine with CUDA: GPU="--data FILE.npz"
+	$(if $(wildcard .venv/ready),$(V),$(PYTHON)) .ci/gpu.py $(GPU)
+
 table: .venv/ready
 	$(V) .ci/table.py
 
-# $(1): name of the runs, $(2): flags that choose the data, $(3): losses of MORE, $(4): DO too. Looks at the data first, leaves out
-# what is finished and goes on where it was interrupted.
+# $(1): name of the runs, $(2): flags that choose the data, $(3): losses of MORE, $(4): DO too. Looks at the data first,
+# leaves out what is finished and goes on where it was interrupted.
 define reproduce
 	$(V) data_lt.py $(2) --data-root $(DATA) --lists $(LISTS)
 	set -e; run() { out=$$1; shift; test -f runs/$$out/result.json || \
@@ -48,7 +54,8 @@ define reproduce
 	for seed in $(SEEDS); do \
 	  $(if $(4),run do_$(1)_seed$$seed do_lt.py; run paper_$(1)_seed$$seed do_lt.py --recipe paper;) \
 	  for loss in $(3); do \
-	    run base_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss --no-more; run more_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss; \
+	    run base_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss --no-more; \
+	    run more_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss; \
 	  done; \
 	done
 	$(V) .ci/table.py runs/*_$(1)_seed*/result.json
@@ -70,7 +77,7 @@ reproduce-inat: .venv/ready  ## DATA holds train_val2018/, LISTS train2018.json 
 reproduce-voc: .venv/ready  ## DATA holds VOCdevkit/VOC2012 and VOC2007, LISTS img_id.txt or voc_mlt_train_labels.txt
 	$(call reproduce,voc_mlt,--dataset voc_mlt,bce asl db)
 
-reproduce-coco: .venv/ready  ## DATA holds train2017/, val2017/ and annotations/, LISTS img_id.txt or coco_mlt_train_labels.txt
+reproduce-coco: .venv/ready  ## DATA: train2017/, val2017/, annotations/; LISTS: img_id.txt or coco_mlt_train_labels.txt
 	$(call reproduce,coco_mlt,--dataset coco_mlt,bce asl db)
 
 clean:  ## what can be made again in minutes; runs/ stays but for the demo

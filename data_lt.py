@@ -9,6 +9,7 @@ The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), groups are 
 people copy comes first: splits, draws, metrics; these take arrays and counts and leave the global random state alone.
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -546,22 +547,31 @@ def read_npz(path):
     """The arrays of an .npz as a dict. Raises InputError when it is missing, damaged or lacks a key."""
     with reading(path), np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
+        for key in [k for k in arrays if k.endswith("_images") and arrays[k].ndim == 1]:  # packed --lossless
+            column = np.asarray(Image.open(io.BytesIO(arrays[key])))
+            arrays[key] = column.reshape(-1, column.shape[1], *column.shape[1:])
     missing = [k for k in ("train_images", "train_labels", "test_images", "test_labels") if k not in arrays]
     if missing:
         raise InputError(f"{path}: lacks {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
     return arrays
 
-def pack(data, target, size, workers):
+def pack(data, target, size, workers, lossless=False):
     """Freeze a dataset's splits: in one file where `target` ends in .npz, else as arrays in a folder, read
-    memory-mapped (read_packed). Photographs become squares of size x size pixels, images in memory stay as they are."""
+    memory-mapped (read_packed). Photographs become squares of size x size pixels, images in memory stay as they are;
+    lossless: square ones of an .npz as a column in a PNG, about 0.7 of the bytes, read back exactly."""
     target, splits = Path(target), {part: getattr(data, part) for part in ("train", "val", "test")}
     if target.suffix == ".npz":
         arrays = {"class_names": np.array(data.class_names)}
         for part, split in splits.items():
             images, rows = split.images, np.arange(len(split))
             if isinstance(images, ImageFiles):
-                x = [*images.batches(rows, 256, workers)] or [torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)]
+                empty = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
+                x = [*images.batches(rows, 256, workers)] or [empty]
                 images = torch.cat(x).permute(0, 2, 3, 1).numpy()
+            if lossless and len(images):
+                png = io.BytesIO()
+                Image.fromarray(images.reshape(-1, *images.shape[2:])).save(png, "PNG")
+                images = np.frombuffer(png.getvalue(), np.uint8)
             arrays |= {f"{part}_images": images, f"{part}_labels": split.labels}
         with open(f"{target}.tmp", "wb") as file:
             np.savez(file, **arrays)
@@ -897,6 +907,7 @@ def main():
     add_data_arguments(parser)
     parser.add_argument("--pack", metavar="FILE.npz|FOLDER", help="write exactly these train, val and test images into "
                         "a file, or as arrays of --size pixels (256) into a folder, to be read memory-mapped")
+    parser.add_argument("--lossless", action="store_true", help="with --pack FILE.npz: square images as PNG, smaller")
     parser.add_argument("--workers", type=number(int, 0), default=WORKERS, help="decoders for --pack")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")
     args = parser.parse_args()
@@ -917,7 +928,7 @@ def main():
     if args.figure:
         draw_histogram(data, args.figure)
     if args.pack:
-        pack(data, args.pack, args.size or 256, args.workers)
+        pack(data, args.pack, args.size or 256, args.workers, args.lossless)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
 
 if __name__ == "__main__":

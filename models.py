@@ -271,9 +271,7 @@ class RunFolder:
         """Raise InputError when self.state is of another run. --precision auto becomes what the run had."""
         if not self.state:
             return print(f"nothing to resume in {self.path}: starting from the beginning")
-        if not {"args", "counts", "report", "model"} <= set(self.state):
-            raise InputError(f"{last} is no checkpoint of this script; give another --out")
-        saved, now = self.state["args"], vars(self.args)
+        saved, now = self.state.get("args", {}), vars(self.args)  # a foreign file has none
         self.args.precision = saved.get("precision") if self.args.precision == "auto" else self.args.precision
         for key in sorted((set(saved) | set(now)) - self.FREE):
             if saved.get(key) != now.get(key):
@@ -311,7 +309,8 @@ class RunFolder:
         self.write("log.csv", lambda tmp: Path(tmp).write_text("\n".join(lines) + "\n"))
         if row["epoch"] == 1:
             print("".join(f"{name:>9}" for name in rows[-1]))
-        cells = ("-" if v is None else f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1].values())
+        show = lambda v: f"{v:.1e}" if 0 < abs(v) < 1e-3 else f"{v:.4g}"
+        cells = ("-" if v is None else show(v) if isinstance(v, float) else v for v in rows[-1].values())
         print("".join(f"{cell:>9}" for cell in cells), flush=True)
 
     def finish(self, result, tensors):

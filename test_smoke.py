@@ -1075,6 +1075,24 @@ def test_equations_carry_their_numbers():
     for name, number in numbers.items():
         assert getattr(do_lt, name).__doc__.startswith(number)
 
+def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
+    """`make gpu`, tiny, the bench too; without CUDA and the switch it is one line and exit code 2."""
+    script = [sys.executable, str(HERE / ".ci" / "gpu.py"), "--out", str(tmp_path)]
+    done = subprocess.run([*script, "--rehearse", "--only", "agreement,ResNet-32,torchrun"], capture_output=True,
+                          text=True)
+    parts = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 0 and len(parts) == 3 and all(part["ok"] for part in parts.values()), done.stdout
+    assert json.loads((tmp_path / "bench_resnet32.json").read_text())["rates"]["loop"] > 0 and "MISSED" in done.stdout
+    if not torch.cuda.is_available():
+        refused = subprocess.run(script, capture_output=True, text=True)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: no CUDA")
+
+def test_readme_tables_come_from_the_results():
+    sys.path.insert(0, str(HERE / ".ci"))
+    import table
+    readme = (HERE / "README.md").read_text()
+    assert "<!-- table: cifar -->" in readme and table.rebuilt(readme) == readme, "run `make table`"
+
 def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(HERE))

@@ -25,7 +25,8 @@ from data_lt import Dataset, Split
 from models import (add_low_rank, add_owner_masks, autocast, build_model, clock, faster_precision, merge_low_rank,
                     owned_layers, start)
 
-AMX = "amx_bf16" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+AMX = "amx_bf16" in CPU
 
 def measure(calls, device, rounds=5):
     """{name: images/s} of calls {name: (function, images it processes)}."""
@@ -38,12 +39,12 @@ def measure(calls, device, rounds=5):
     return {name: calls[name][1] / sorted(seconds[1:])[rounds // 2] for name, seconds in times.items()}
 
 def usual_loop(arch, images, labels, device):
-    """What most published code for CIFAR does, to compare with: float32, images cropped and flipped one by one by up to four
-    worker processes, the loss asked for in each step. Returns a call that trains on all images once."""
+    """What most published code for CIFAR does, to compare with: float32, images cropped and flipped one by one by up
+    to four worker processes, the loss asked for in each step. Returns a call that trains on all images once."""
     from torchvision import transforms as T
     side = images.shape[1]
-    transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8), T.RandomHorizontalFlip(), T.ToTensor(),
-                           T.Normalize([0.5] * 3, [0.2] * 3)])
+    transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8), T.RandomHorizontalFlip(),
+                           T.ToTensor(), T.Normalize([0.5] * 3, [0.2] * 3)])
 
     class Images(torch.utils.data.Dataset):
         def __len__(self):
@@ -82,7 +83,8 @@ def main(argv=None):
     device = start(args)
     rng, crop = np.random.default_rng(0), None if args.size <= 64 else args.size
     side = args.size * 256 // 224 if crop else args.size  # photographs as --pack leaves them
-    images, labels = rng.integers(0, 256, (steps * n, side, side, 3), np.uint8), rng.permutation(np.arange(steps * n) % k)
+    images = rng.integers(0, 256, (steps * n, side, side, 3), np.uint8)
+    labels = rng.permutation(np.arange(steps * n) % k)
     split, tests = Split(images, labels), Split(images[:2 * n], labels[:2 * n])
     data = Dataset("bench", split, tests, tests, np.bincount(labels, minlength=k), [str(c) for c in range(k)], "", crop)
     data.to(device, n, "strong")
@@ -137,7 +139,8 @@ def main(argv=None):
              "loop": (do_steps(False, True), steps * n), "frozen": (do_steps(True, False), steps * n),
              "base": (more_steps(False), steps * n), "more": (more_steps(True), steps * n),
              "more, detached": (more_steps(True, True), steps * n),
-             "one pass": (lambda: look(plain).sum().item(), 2 * n), "merged": (lambda: look(merged).sum().item(), 2 * n),
+             "one pass": (lambda: look(plain).sum().item(), 2 * n),
+             "merged": (lambda: look(merged).sum().item(), 2 * n),
              "T x V": (lambda: [look(model, 2).sum().item() for model in fused], 2 * n),
              "lambda": (lambda: do_lt.instance_weights(probs[:, 1], probs[:, 2]).sum().item(), 2 * n)}
     if not crop:
@@ -148,24 +151,26 @@ def main(argv=None):
               ("MORE's step over the base's, in time", rate["base"] / rate["more"], 2.1, False),
               ("the same with --detach-general", rate["base"] / rate["more, detached"], 1.45, False),
               ("merged network / plain one", rate["merged"] / rate["one pass"], 0.95, True),
-              ("3 sub-models x 3 views over 9 single passes, in time", rate["one pass"] / rate["T x V"] / 9, 0.8, False),
+              ("3 sub-models x 3 views over 9 passes, in time", rate["one pass"] / rate["T x V"] / 9, 0.8, False),
               ("instance weights over those passes, in time", rate["T x V"] / rate["lambda"], 0.05, False)]
     if "usual" in rate:
-        ratios.insert(1, ("loop, strong / the usual fp32 loop, basic", rate["loop"] / rate["usual"], 2.0 if AMX else 1.5, True))
+        goal = 2.0 if AMX else 1.5
+        ratios.insert(1, ("loop, strong / the usual fp32 loop, basic", rate["loop"] / rate["usual"], goal, True))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         build_model(args.arch, k)(torch.zeros(1, 3, args.size, args.size))
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "cpu")
+    names = [line.split(":")[1].strip() for line in CPU.splitlines() if line.startswith("model name")] or ["cpu"]
+    kind = torch.cuda.get_device_name() if device.type == "cuda" else names[0]
     note = f"{kind}, {torch.get_num_threads()} threads, AMX {'yes' if AMX else 'no'}, torch {torch.__version__}"
-    print(f"{args.arch}, {args.size} px, batch {n}, {precision}; {note}; {counter.get_total_flops() / 1e6:,.0f} MFLOP an image")
+    print(f"{args.arch}, {args.size} px, batch {n}, {precision}; {note}; {counter.get_total_flops() / 1e6:,.0f} MFLOP "
+          "an image")
     for name, value in rate.items():
         print(f"  {name:22}{value:12,.0f} images/s")
     for label, value, goal, least in ratios:
         met = value >= goal if least else value <= goal
         print(f"  {label:56}{value:8.3f}   goal {'>=' if least else '<='} {goal:g}{'' if met else '   MISSED'}")
     if args.out:
-        result = {"note": note, "arch": args.arch, "size": args.size, "batch_size": n, "precision": precision, "rates": rate,
-                  "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
+        result = {"note": note, "arch": args.arch, "size": args.size, "batch_size": n, "precision": precision,
+                  "rates": rate, "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
         Path(args.out).write_text(json.dumps(result, indent=1))
     return rate
 
