@@ -356,7 +356,8 @@ def test_time(model, data, args, run):
     with general_only(model):
         general = predict(model, split.images, data, exact)
         rows["test, W_g alone"] = scored(predict(model, data.test.images, data, args), data.test, data)
-    rows["val, W_g alone"] = scored(general, data.val, data)
+    if len(data.val):
+        rows["val, W_g alone"] = scored(general, data.val, data)
     report["discrepancy_by_group"] = discrepancy_by_group(full[0], general[0], split, data, args.discrepancy)
     merge_low_rank(model)
     report["merged_max_abs_diff"] = float((predict(model, split.images, data, exact) - full).abs().max())

@@ -864,12 +864,10 @@ def test_photographs_packed_or_not_train(tmp_path):
     flags = ["--arch", "resnet20", "--batch-size", "8", "--device", "cpu", "--lr", "0.02", "--workers", "0", "--size",
              "32", "--warmup", "0"]
     for i, dataset in enumerate(("photos", "packed")):
-        more_lt.main(["--dataset", str(tmp_path / dataset), *flags, "--epochs", "2", "--no-more", "--out",
-                      str(tmp_path / f"more{i}")])
+        here = ["--dataset", str(tmp_path / dataset), *flags, "--out"]
+        more_lt.main([*here, str(tmp_path / f"more{i}"), "--epochs", "2", "--amplitude", "0.1"])  # no validation images
         assert len(losses_of(tmp_path / f"more{i}")) == 2
-        do_lt.main(["--dataset", str(tmp_path / dataset), *flags, "--epochs", "1", "--tpd-iters", "1", "--tpd-steps",
-                    "1", "--order",
-                    "medium,few", "--out", str(tmp_path / f"do{i}")])
+        do_lt.main([*here, str(tmp_path / f"do{i}"), *"--epochs 1 --tpd-iters 1 --tpd-steps 1 --order medium,few".split()])
     data_lt.pack(a, tmp_path / "one.npz", 0, 0)
     assert load_dataset(str(tmp_path / "one.npz")).test.images.shape == (12, 35, 35, 3)
     with pytest.raises(InputError, match="--size 64: .* holds images of 40 pixels"):
