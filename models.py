@@ -303,8 +303,7 @@ class RunFolder:
         report["images"] += images
         left = (total - report["images"]) * report["train_seconds"] / report["images"] / 60
         row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}  # plain, for checkpoints
-        report["log"].append(row | {"img/s": images / seconds, "left": f"{left:.1f} min"})
-        rows = report["log"]
+        rows = report["log"] = [*report["log"], row | {"img/s": images / seconds, "left": f"{left:.1f} min"}]
         lines = [",".join("" if v is None else str(v) for v in r) for r in ([*rows[0]], *([*r.values()] for r in rows))]
         self.write("log.csv", lambda tmp: Path(tmp).write_text("\n".join(lines) + "\n"))
         if row["epoch"] == 1:

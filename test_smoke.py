@@ -867,7 +867,8 @@ def test_photographs_packed_or_not_train(tmp_path):
         here = ["--dataset", str(tmp_path / dataset), *flags, "--out"]
         more_lt.main([*here, str(tmp_path / f"more{i}"), "--epochs", "2", "--amplitude", "0.1"])  # no validation images
         assert len(losses_of(tmp_path / f"more{i}")) == 2
-        do_lt.main([*here, str(tmp_path / f"do{i}"), *"--epochs 1 --tpd-iters 1 --tpd-steps 1 --order medium,few".split()])
+        few = "--epochs 1 --tpd-iters 1 --tpd-steps 1 --order medium,few"
+        do_lt.main([*here, str(tmp_path / f"do{i}"), *few.split()])
     data_lt.pack(a, tmp_path / "one.npz", 0, 0)
     assert load_dataset(str(tmp_path / "one.npz")).test.images.shape == (12, 35, 35, 3)
     with pytest.raises(InputError, match="--size 64: .* holds images of 40 pixels"):
