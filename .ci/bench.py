@@ -9,6 +9,7 @@ The calls take turns, so that a machine that slows down slows all of them; after
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,8 +170,10 @@ def main(argv=None):
         met = value >= goal if least else value <= goal
         print(f"  {label:56}{value:8.3f}   goal {'>=' if least else '<='} {goal:g}{'' if met else '   MISSED'}")
     if args.out:
-        result = {"note": note, "arch": args.arch, "size": args.size, "batch_size": n, "precision": precision,
-                  "rates": rate, "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
+        commit = subprocess.run("git describe --always --dirty=+ --exclude '*'", shell=True, capture_output=True,
+                                text=True, cwd=Path(__file__).parent).stdout.strip()
+        result = {"note": note, "git": commit, "arch": args.arch, "size": args.size, "batch_size": n,
+                  "precision": precision, "rates": rate, "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
         Path(args.out).write_text(json.dumps(result, indent=1))
     return rate
 
