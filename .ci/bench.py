@@ -173,7 +173,8 @@ def main(argv=None):
         commit = subprocess.run("git describe --always --dirty=+ --exclude '*'", shell=True, capture_output=True,
                                 text=True, cwd=Path(__file__).parent).stdout.strip()
         result = {"note": note, "git": commit, "arch": args.arch, "size": args.size, "batch_size": n,
-                  "precision": precision, "rates": rate, "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
+                  "precision": precision, "rates": rate,
+                  "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
         Path(args.out).write_text(json.dumps(result, indent=1))
     return rate
 
