@@ -17,6 +17,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -182,11 +183,33 @@ def expected_calibration_error(probs, labels, bins=15):
     gap = torch.zeros(bins, dtype=torch.double, device=probs.device).index_add_(0, which, confidence - hit)
     return float(100 * gap.abs().sum() / len(labels))
 
-def table_row(label, acc=None, columns=(*GROUPS, "all")):
-    """One aligned line of a table by group, "-" for an empty group; without `acc` the head. acc: {column: percent or
-    None}."""
-    cells = columns if acc is None else ["-" if acc[c] is None else f"{acc[c]:.1f}" for c in columns]
-    return f"{label:40}" + "".join(f"{cell:>8}" for cell in cells)
+def shifted(per_class, counts, shifts):
+    """{"forward:50": percent, ..}: accuracy were the test classes as frequent as `shifts` says: forward:R falls from
+    the most to the least frequent training class by a ratio R, backward:R rises, uniform is flat (LADE, Hong et al.,
+    CVPR 2021): a weighted mean of the accuracies by class. per_class: percent or None (K,); counts: (K,)."""
+    rank = np.argsort(np.argsort(-np.asarray(counts), kind="stable")) / max(len(counts) - 1, 1)  # 0: most frequent
+    seen, out = [c for c, v in enumerate(per_class) if v is not None], {}
+    for shift in shifts:
+        kind, _, ratio = shift.partition(":")
+        weights = float(ratio or 1) ** ({"forward": -1, "uniform": 0, "backward": 1}[kind] * rank)
+        out[shift] = float(np.average(np.array(per_class, float)[seen], weights=weights[seen]))
+    return out
+
+def table(title, rows, columns, form=".1f"):
+    """Lines of an aligned table, its head first. rows: {label: {column: number or None}}, "-" for None."""
+    lines = {title: columns} | {label: ["-" if values[c] is None else format(values[c], form) for c in columns]
+                                for label, values in rows.items()}
+    return "\n".join(f"{label:42}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines.items())
+
+def draw_bars(path, title, rows, columns):
+    """The numbers of a `table` as bars, side by side for each column, in a PNG (needs matplotlib)."""
+    from matplotlib.figure import Figure
+    figure, x, width = Figure((7, 3.2), layout="tight"), np.arange(len(columns)), 0.8 / len(rows)
+    axes = figure.add_subplot(title=title, xticks=x, xticklabels=columns)
+    for i, (label, values) in enumerate(rows.items()):
+        axes.bar(x + width * (i + 0.5) - 0.4, np.array([values[c] for c in columns], float), width, label=label)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120, format="png")
 
 # -------------------------------------------------------------------------------------- augmentation, a batch at a time
 
@@ -865,6 +888,13 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
     read.__name__ = kind.__name__  # for "invalid float value"
     return read
 
+def shifts(text):
+    """The type of --test-shift, as "forward:50,uniform,backward:50": a list, read by `shifted`."""
+    for kind, _, ratio in (part.partition(":") for part in text.split(",")):
+        if kind not in ("forward", "uniform", "backward") or not 1 <= float(ratio or 1) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: take forward:50, uniform, backward:50, with ratios of at least 1")
+    return text.split(",")
+
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     add = parser.add_argument_group("data").add_argument
@@ -886,20 +916,16 @@ def describe(data, split_seed):
           f"{len(data.test):,} test", flush=True)
 
 def draw_histogram(data, path):
-    """Training images per class, most frequent first, coloured by group. Raises InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--figure needs matplotlib: pip install matplotlib") from None
-    ordered, figure = np.sort(data.counts)[::-1], Figure((7, 3), layout="tight")
-    axes = figure.add_subplot(title=f"{data.name}: {len(data.train):,} images, ratio {ordered[0] / ordered[-1]:.0f}",
-                              xlabel="classes, most frequent first", ylabel="training images")
+    """Training images per class, most frequent first, coloured by group (needs matplotlib)."""
+    from matplotlib.figure import Figure
+    order, figure = np.argsort(-data.counts, kind="stable"), Figure((7, 3), layout="tight")
+    axes = figure.add_subplot(title=f"{data.name}: {len(data.train):,} images", ylabel="training images",
+                              xlabel="classes, most frequent first")
     for group, colour in zip(GROUPS, ("tab:blue", "tab:orange", "tab:red")):
-        at = np.flatnonzero(np.isin(np.argsort(-data.counts, kind="stable"), data.groups[group]))
-        axes.bar(at, ordered[at], width=1.0, color=colour, label=group)
+        at = np.flatnonzero(np.isin(order, data.groups[group]))
+        axes.bar(at, data.counts[order[at]], width=1.0, color=colour, label=group)
     axes.legend()
     figure.savefig(path, dpi=120)
-    print(f"figure: {path}")
 
 def main():
     """Show a split; freeze it with --pack."""
@@ -912,19 +938,19 @@ def main():
     parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")
     args = parser.parse_args()
     for flag, path in (("--pack", args.pack), ("--figure", args.figure)):
-        made = flag == "--pack" and not path.endswith(".npz") if path else True
-        if not made and not Path(path).parent.is_dir():
+        whole_folder = flag == "--pack" and path and not path.endswith(".npz")  # which pack makes
+        if path and not whole_folder and not Path(path).parent.is_dir():
             raise InputError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
+    if args.figure and not find_spec("matplotlib"):
+        raise InputError("--figure needs matplotlib: pip install matplotlib")
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     describe(data, args.split_seed)
-    print(f"{'group':8}{'classes':>9}{'train':>9}{'val':>9}{'test':>9}")
-    for name, classes in data.groups.items():
-        splits = data.train, data.val, data.test
-        sizes = [class_counts(split.labels, data.num_classes)[classes].sum() for split in splits]
-        print(f"{name:8}" + "".join(f"{n:9,}" for n in (len(classes), *sizes)))
-    ordered = np.sort(data.counts)[::-1]
-    for part in np.array_split(ordered, min(20, len(ordered))):  # the histogram as text, classes sorted by count
-        print(f"{part.mean():8.0f} {'#' * max(1, round(60 * part.mean() / ordered[0]))}")
+    parts = {part: class_counts(getattr(data, part).labels, data.num_classes) for part in ("train", "val", "test")}
+    rows = {name: {"classes": len(at), **{part: int(n[at].sum()) for part, n in parts.items()}}
+            for name, at in data.groups.items()}
+    print(table("group", rows, ("classes", *parts), ",d"))
+    for part in np.array_split(np.sort(data.counts)[::-1], min(20, len(data.counts))):  # the histogram as text
+        print(f"{part.mean():8.0f} {'#' * max(1, round(60 * part.mean() / data.counts.max()))}")
     if args.figure:
         draw_histogram(data, args.figure)
     if args.pack:

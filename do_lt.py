@@ -23,10 +23,10 @@ from torch.fx.experimental.optimization import fuse
 from torch.optim.swa_utils import update_bn
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, crop_flip, describe, expected_calibration_error, group_accuracy,
-                     group_means, load_dataset, mixup, normalize, number, table_row)
-from models import (OWNER, RunFolder, add_owner_masks, all_sum, autocast, build_model, clock, distribute, fill_in,
-                    keep_stage_rest, learning_rates, owned_layers, ready, run_script, script_parser, start,
-                    stop_unless_finite, plain_state, submodel_state, weight_layers)
+                     group_means, load_dataset, mixup, normalize, number, shifted)
+from models import (all_sum, autocast, build_model, clock, distribute, fill_in, learning_rates, plain_state, ready,
+                    run_script, script_parser, start, stop_unless_finite)
+from models import OWNER, add_owner_masks, keep_stage_rest, owned_layers, submodel_state, weight_layers
 
 # Defaults by dataset; every value is a flag, one number a stage where there are several. "paper": what its
 # "Implementation Details" say, on top of the dataset's (its rate there is a tenth in the later stages).
@@ -42,22 +42,20 @@ RECIPES = {
     "default": dict(arch="resnet32", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], schedule="cosine", warmup=5, mixup=0.0,
                     batch_size=128, aug="strong", rho=0.7, gamma=[0.5, 0.8], reinit=0.25, tpd_iters=20, pretrained=0,
                     importance_images=20, prune_classifier=0, agg="product"),
-    "paper": dict(batch_size=256, lr=[0.05, 0.005, 0.005], schedule="cosine,constant,constant", warmup=0, mixup=0.0,
+    "paper": dict(batch_size=256, lr=[0.05, 0.005, 0.005], schedule="constant", warmup=0, mixup=0.0,
                   reinit=1.0, tpd_iters=1, prune_classifier=1, agg="instance", aug="strong"),
     "paper, photographs": dict(lr=[0.02, 0.002, 0.002]),
 }
 
 class Stage(NamedTuple):
     """What one stage trains with: its group's name and classes (indices), P(class drawn) (K,), log alpha (K,) on the
-    device, epochs, peak learning rate and its schedule, and gamma, the share of free weights pruned at its end (None:
-    auto, or the last)."""
+    device, epochs, peak rate, and gamma, the share of free weights pruned at its end (None: auto, or the last)."""
     name: str
     classes: np.ndarray
     probs: np.ndarray
     log_alpha: torch.Tensor
     epochs: int
     lr: float
-    schedule: str
     gamma: float
 
 # ------------------------------------------------------------------ Collaborative Parameter Optimisation (CPO), Eq. 1-3
@@ -104,8 +102,8 @@ def compensation_loss(logits, target, log_alpha):
 
 def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng):
     """SGD over `batches` at the learning rates `rates`. masks: {weight: 1 where it is trained, else 0}, without the
-    weights that train whole. Returns (3, K): images drawn and correct by class (with mixup: against the first label),
-    and a row that adds up to their loss.
+    weights that train whole. Returns (3, K): images drawn and correct by class (with mixup: against the first label);
+    loss times images, the same in the whole row.
 
     Weight decay is added to the gradient here, not in the optimiser, and the gradient of frozen weights is zeroed after
     it: their momentum stays 0 and SGD leaves them bit for bit as they are.
@@ -113,10 +111,12 @@ def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng)
     network.train()
     sums = torch.zeros(3, data.num_classes, device=data.device)
     for (x, y), rate in zip(batches, rates):
-        optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         x, other, lam = mixup(x, y, args.mixup, rng)
         with autocast(data.device, args.precision):
-            logits = network(x).float()
+            logits = network(x)
+        logits = logits.float()
         loss = compensation_loss(logits, y, log_alpha)
         if lam < 1:
             loss = lam * loss + (1 - lam) * compensation_loss(logits, other, log_alpha)
@@ -128,8 +128,9 @@ def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng)
                 w.grad.mul_(masks[w])
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
-            one = torch.ones_like(y, dtype=torch.float32)
-            sums.index_add_(1, y, torch.stack([one, (logits.argmax(1) == y).float(), one * loss]))
+            truth, right = F.one_hot(y, data.num_classes).float(), (logits.argmax(1) == y).float()[:, None]
+            sums[:2] += torch.stack([truth.sum(0), (truth * right).sum(0)])
+            sums[2:] += loss * len(x)
     return all_sum(sums)
 
 def make_optimizer(model, lr, args):
@@ -148,28 +149,30 @@ def trainable_masks(model, alive=None):
 def cpo(model, t, stage, data, args, run):
     """Train stage t: its draws and margin; the weights of earlier stages are active and frozen. Goes on from
     run.state."""
-    here = run.state if run.state.get("stage") == t else {"epoch": 0}
+    here, epochs, total = run.state if run.state.get("stage") == t else {}, stage.epochs, sum(args.epochs)
     optimizer, masks, network = make_optimizer(model, stage.lr, args), trainable_masks(model), distribute(model)
     if here.get("optimizer"):
         optimizer.load_state_dict(here["optimizer"])
     sampler, steps = data.sampler(stage.probs, args.seed * 1000 + t), len(data.train) // data.batch_size
-    print(f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {stage.schedule}; accuracy on the "
-          "images drawn, and val")
-    for epoch in range(here["epoch"], stage.epochs):
+    schedule, warmup = ("cosine", args.warmup) if t == 1 else (args.schedule, 0)
+    print(f"\nstage {t}, {stage.name}: {epochs} epochs, rate {stage.lr:g} {schedule}; accuracy on the images drawn, val")
+    for epoch in range(here.get("epoch", 0), epochs):
         began, key = clock(data.device), [args.seed, t, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        rates = learning_rates(stage.lr, epoch, stage.epochs, steps, stage.schedule, args.warmup * (t == 1))
-        batches = data.batches(sampler.set_epoch(epoch).indices(), key)
-        rng = np.random.default_rng([*key, RANK])
+        rates = learning_rates(stage.lr, epoch, epochs, steps, schedule, warmup)
+        batches, rng = data.batches(sampler.set_epoch(epoch).indices(), key), np.random.default_rng([*key, RANK])
         sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
-        stop_unless_finite(sums[2].sum(), model, f"stage {t}, epoch {epoch + 1}")
+        stop_unless_finite(sums.sum(), model, f"stage {t}, epoch {epoch + 1}")
         drawn, correct, loss = sums.cpu().double().numpy()
         acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), data.groups)
-        seconds, done = clock(data.device) - began, epoch + 1
-        val = accuracy(model, data.val, data, args)["all"] if done % 10 == 0 or done == stage.epochs else None
-        run.log({"stage": t, "epoch": done, "loss": loss.sum() / drawn.sum(), "rate": rates[0], **acc, "val": val},
-                steps * data.batch_size, seconds, steps * data.batch_size * sum(args.epochs))
-        run.save(model, optimizer, stage=t, epoch=done, rest=model.stage_rest)
+        seconds, n, val = clock(data.device) - began, steps * data.batch_size, None
+        if epoch % 10 == 9 or epoch + 1 == epochs:
+            val = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)["all"]
+        run.log({"stage": t, "epoch": epoch + 1, "loss": loss[0] / n, "rate": rates[0], **acc, "val": val},
+                n, seconds, n * total)
+        run.save(model, optimizer, stage=t, epoch=epoch + 1, rest=model.stage_rest)
+    if t == 1:
+        run.write("stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
     record(model, f"stage {t} ({stage.name}) after CPO", data, args, run)
 
 # ---------------------------------------------------------------------- Taylor-guided Parameter Decoupling (TPD), Eq. 4
@@ -268,7 +271,7 @@ def tpd(model, t, stage, data, args, run):
             if ratio > 0:
                 prune_gradually(model, alive, before, ratio, t, stage, picks, data, args)
             if args.gamma == "auto":
-                per_class = accuracy(model, data.val, data, args)["per_class"]
+                per_class = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)["per_class"]
                 curve.append((ratio, float(np.mean([per_class[c] for c in stage.classes if per_class[c] is not None]))))
                 reached.append([{k: v.clone() for k, v in state.items()} for state in (model.state_dict(), alive)])
         if args.gamma == "auto":
@@ -358,31 +361,16 @@ def predict(model, images, data, args, views=0):
         out[:, begin:begin + len(x)] = logits.view(1 + views, len(x), -1)
     return all_sum(out)
 
-def accuracy(model, split, data, args):
-    """group_accuracy of a network on a split's images as they are; nothing but None where the split is empty."""
+def scored(logits, split, data, args):
+    """Top-1 accuracy by group, per class and as --test-shift asks, and ECE, from logits N x K (or log-probabilities).
+    Nothing but None where the split is empty."""
     if not len(split):
-        return dict.fromkeys((*GROUPS, "all"))
-    return group_accuracy(predict(model, split.images, data, args)[0].argmax(1).cpu(), split.labels, data.counts)
+        return dict.fromkeys((*GROUPS, "all", "per_class"))
+    ece = expected_calibration_error(logits.softmax(1), torch.from_numpy(split.labels).to(logits.device))
+    acc = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
+    return acc | shifted(acc["per_class"], data.counts, args.test_shift) | {"ece": ece}
 
-def scored(scores, split, data):
-    """group_accuracy and ECE of N x K scores, whose softmax are probabilities."""
-    labels = torch.from_numpy(split.labels)
-    return group_accuracy(scores.argmax(1).cpu(), split.labels, data.counts) | {
-        "ece": expected_calibration_error(scores.softmax(1).cpu(), labels)}
-
-def bar(model, data, args):
-    """What DO has to beat, from stage 1's network before TPD: cross-entropy, with its prior taken off (Menon et al.,
-    ICLR 2021: tau 1), and a product of this one expert; the same views as DO's sub-models get. {name: group_accuracy,
-    test images}."""
-    logp = {name: predict(model, split.images, data, args, args.views).log_softmax(2).mean(0)[None]
-            for name, split in (("val", data.val), ("test", data.test)) if len(split)}
-    weights = {"ce": torch.tensor([1.0, 0, 0]), "ce_la": torch.tensor([1.0, -1, 0])}
-    if "val" in logp:
-        weights["ce_fitted"] = fit_product(logp["val"], torch.from_numpy(data.val.labels).to(data.device), data.counts)
-    mixed = {name: product(logp["test"], w.to(data.device), data.counts) for name, w in weights.items()}
-    return {name: scored(scores, data.test, data) for name, scores in mixed.items()}
-
-def aggregate(probs, w, split, stages, data):
+def aggregate(probs, w, split, stages, data, args):
     """The four mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K,
     view 0 clean; w: of `product`. Every prediction is the mean over the clean image and its views; lambda is found from
     the first two random views."""
@@ -394,43 +382,48 @@ def aggregate(probs, w, split, stages, data):
     mean, logp = probs.mean(1), torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
     mixed = {name: torch.einsum("tuk,ut->uk", mean, v.expand(len(split), -1)).log() for name, v in lam.items()}
     mixed["product"] = product(logp, w, data.counts)
-    result = {"weights_seconds": seconds, "product": w.tolist(), "group_lambda": lam["group"][0].tolist(),
-              "lambda_by_group": {}, "aggregations": {name: scored(m, split, data) for name, m in mixed.items()}}
-    for name, classes in data.groups.items():
-        chosen = lam["instance"].cpu().numpy()[np.isin(split.labels, classes)]
-        result["lambda_by_group"][name] = chosen.mean(0).tolist() if len(chosen) else None
-    result["alone"] = [scored(p.log(), split, data) for p in mean]
     expert = np.zeros(data.num_classes, dtype=np.int64)  # the sub-model whose stage covers the class
     for t, stage in enumerate(stages):
         expert[stage.classes] = t
     labels = torch.from_numpy(split.labels).to(data.device)
     told = mean[torch.from_numpy(expert).to(data.device)[labels], torch.arange(len(split), device=data.device)]
-    result["oracle_by_true_group"] = scored(told.log(), split, data)
-    result["at_least_one_right"] = 100 * (mean.argmax(2) == labels).any(0).float().mean().item()
-    return result
+    chosen = {g: lam["instance"].cpu().numpy()[np.isin(split.labels, c)] for g, c in data.groups.items()}
+    return {"weights_seconds": seconds, "product": w.tolist(), "group_lambda": lam["group"][0].tolist(),
+            "lambda_by_group": {g: v.mean(0).tolist() if len(v) else None for g, v in chosen.items()},
+            "aggregations": {name: scored(m, split, data, args) for name, m in mixed.items()},
+            "alone": [scored(p.log(), split, data, args) for p in mean],
+            "oracle_by_true_group": scored(told.log(), split, data, args),
+            "at_least_one_right": 100 * (mean.argmax(2) == labels).any(0).float().mean().item()}
 
 def test_time(model, stages, data, args, run):
-    """The sub-models on the test images, mixed; the product's weights are fitted on the validation split (without one:
-    a plain mean of logits). Adds to run.report; returns the sub-models' plain state dicts."""
-    T, states, report = len(stages), [submodel_state(model, t) for t in range(1, len(stages) + 1)], run.report
-    subs = [build_model(args.arch, data.num_classes).to(data.device, memory_format=torch.channels_last) for _ in states]
-    for t, (sub, state) in enumerate(zip(subs, states), 1):
-        sub.load_state_dict(state)
-        report["importance_by_group"][f"sub-model {t}"] = importance_by_group(sub, data, args)
-    with suppress(torch.fx.proxy.TraceError):  # BatchNorm goes into the convolutions: the same outputs, sooner
-        subs = [fuse(sub.eval()) for sub in subs]
-    w = torch.tensor([1 / T] * T + [0.0, 0.0], device=data.device)
-    for name, split in (("val", data.val), ("test", data.test)):
-        if len(split):
+    """Stage 1's network before TPD and the sub-models on the validation and the test images, then mixed. The weights of
+    the products are fitted on the validation split (without one: a plain mean of logits). report["bar"], what DO has to
+    beat: cross-entropy, with its prior taken off (Menon et al., ICLR 2021: tau 1), and a product of this one expert.
+    Adds to run.report; returns the sub-models' plain state dicts."""
+    T, report, probs, seconds = len(stages), run.report, {"val": [], "test": []}, 0.0
+    states, single = [submodel_state(model, t) for t in range(1, T + 1)], {"ce": [1, 0, 0], "ce_la": [1, -1, 0]}
+    for t, state in enumerate([torch.load(run.path / "stage1.pt", weights_only=True), *states]):
+        network = build_model(args.arch, data.num_classes).to(data.device, memory_format=torch.channels_last)
+        network.load_state_dict(state)
+        name = f"sub-model {t}" if t else "stage 1 before TPD"
+        report["importance_by_group"][name] = importance_by_group(network, data, args)
+        with suppress(torch.fx.proxy.TraceError):  # BatchNorm goes into the convolutions: the same outputs, sooner
+            network = fuse(network.eval())
+        for part in probs:
             began = clock(data.device)
-            probs = torch.empty(T, 1 + args.views, len(split), data.num_classes, device=data.device)
-            for sub, p in zip(subs, probs):
-                p.copy_(predict(sub, split.images, data, args, args.views).softmax(2))
-            seconds = clock(data.device) - began
-            if name == "val":
-                logp = torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
-                w = fit_product(logp, torch.from_numpy(split.labels).to(data.device), data.counts)
-            report[name] = aggregate(probs, w, split, stages, data) | {"forward_seconds": seconds}
+            probs[part].append(predict(network, getattr(data, part).images, data, args, args.views).softmax(2))
+            seconds += (clock(data.device) - began) * (t > 0 and part == "test")
+    w = torch.tensor([1 / T] * T + [0.0, 0.0], device=data.device)
+    for part, split in (("val", data.val), ("test", data.test)):
+        logp = torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs[part]])
+        if part == "val" and len(split):
+            labels = torch.from_numpy(split.labels).to(data.device)
+            w, single["ce_fitted"] = (fit_product(some, labels, data.counts) for some in (logp[1:], logp[:1]))
+        if len(split):
+            report[part] = aggregate(torch.stack(probs[part][1:]), w, split, stages, data, args)
+        bar = {name: product(logp[:1], torch.as_tensor(v).to(logp), data.counts) for name, v in single.items()}
+    report["bar"] = {name: scored(v, split, data, args) for name, v in bar.items() if stages[0].name == "many"}
+    report["test"]["forward_seconds"] = seconds
     return states
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -445,63 +438,33 @@ def importance_by_group(model, data, args):
     return result
 
 def record(model, label, data, args, run):
-    """Accuracy on clean images as the stages pass, for the paper's Table 7; after stage 1's CPO the bar, too."""
-    entry = {"acc": accuracy(model, data.test, data, args), "val": accuracy(model, data.val, data, args)}
+    """Accuracy on clean images as the stages pass, for the paper's Table 7."""
+    entry = {name: scored(predict(model, split.images, data, args)[0], split, data, args)
+             for name, split in (("acc", data.test), ("val", data.val))}
     run.report["submodels"][label] = entry
-    print(table_row(f"{label}, test", entry["acc"]), flush=True)
-    if label == "stage 1 (many) after CPO":
-        run.report["bar"] = bar(model, data, args)
-        run.report["importance_by_group"]["cross-entropy"] = importance_by_group(model, data, args)
-        run.write("stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
+    print(f"{label}, test: " + ", ".join(f"{g} {entry['acc'][g]:.1f}" for g in (*GROUPS, "all") if entry["acc"][g]))
 
-def print_report(report):
-    """The tables of the paper, from the figures of this run."""
-    test = report["test"]
-    print("\n" + table_row("Clean test images (the paper's Table 7)"))
-    for label, entry in report["submodels"].items():
-        print(table_row(label, entry["acc"]))
-    print("\nMean lambda of the instance weights by class group (Table 9), one column a sub-model")
-    for name, lam in test["lambda_by_group"].items():
-        print(f"{name:10}" + ("".join(f"{v:8.2f}" for v in lam) if lam else "       -"))
-    print("\nMean Taylor importance of a weight by class group (Fig. 1b)")
-    for label, values in report["importance_by_group"].items():
-        print(f"{label:40}" + "".join(f"{'-' if values[g] is None else format(values[g], '.2e'):>10}" for g in GROUPS))
-    for stage, curve in report["pruning_curve"].items():
-        print(f"\nAccuracy of {stage} classes on the validation split by ratio pruned (Fig. 4): "
-              + "  ".join(f"{g:.1f}: {a:.1f}" for g, a in curve))
+def show_report(report, args, run):
+    """The tables and figures of the paper, from this run."""
+    test, curves = report["test"], report["pruning_curve"]
+    run.show("stages", "Clean test images (Table 7)", {k: entry["acc"] for k, entry in report["submodels"].items()})
+    lam = {f"sub-model {t + 1}": {g: v and v[t] for g, v in test["lambda_by_group"].items()}
+           for t in range(len(test["alone"]))}
+    run.show("lambda_by_group", "Mean lambda of the instance weights (Table 9)", lam, GROUPS, ".2f")
+    importances = report["importance_by_group"]
+    run.show("importance_by_group", "Mean Taylor importance of a weight (Fig. 1b)", importances, GROUPS, ".1e")
+    if curves:
+        rows = {f"{name} classes": {f"{g:.0%}": acc for g, acc in curve} for name, curve in curves.items()}
+        run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, [f"{10 * g}%" for g in range(10)])
     names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment, the bar", "ce_fitted": "  + fitted"}
     rows = {names[key]: acc for key, acc in report["bar"].items()}
     rows |= {f"sub-model {t} alone": acc for t, acc in enumerate(test["alone"], 1)}
     rows |= {f"DO, {name}": acc for name, acc in test["aggregations"].items()}
     rows |= {"(diagnosis) oracle by true group": test["oracle_by_true_group"]}
-    print("\n" + table_row("Mean over the clean image and its views"))
-    print("\n".join(table_row(label, acc) for label, acc in rows.items()))
-    print(f"{'(diagnosis) a sub-model is right':64}{test['at_least_one_right']:8.1f}")
-    print(f"instance weights took {test['weights_seconds']:.2f} s, the forward passes {test['forward_seconds']:.1f} s; "
-          f"weights of the product: {', '.join(f'{v:.2f}' for v in test['product'])}")
-
-def draw_figures(report, run):
-    """The same as bar charts by class group, when matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no figures: pip install matplotlib to have them drawn")
-    test, groups = report["test"], lambda acc: [acc[g] for g in GROUPS]
-    rows = {"cross-entropy + logit adjustment": groups(report["bar"]["ce_la"])} if report["bar"] else {}
-    rows |= {f"sub-model {t}": groups(acc) for t, acc in enumerate(test["alone"], 1)}
-    rows |= {f"DO, {name}": groups(acc) for name, acc in test["aggregations"].items()}
-    by_group = test["lambda_by_group"].values()
-    lam = {f"sub-model {t + 1}": [v and v[t] for v in by_group] for t in range(len(test["alone"]))}
-    importance = {label: groups(values) for label, values in report["importance_by_group"].items()}
-    for name, title, series in (("accuracy", "test accuracy, %", rows), ("lambda", "mean instance weight", lam),
-                                ("importance", "mean Taylor importance of a weight", importance)):
-        figure, x = Figure((7, 3.2), layout="tight"), np.arange(len(GROUPS))
-        axes = figure.add_subplot(title=f"{title}, by class group", xticks=x, xticklabels=GROUPS)
-        for i, (label, values) in enumerate(series.items()):
-            width = 0.8 / len(series)
-            axes.bar(x + width * (i + 0.5) - 0.4, np.array(values, dtype=float), width, label=label)
-        axes.legend(fontsize=7)
-        run.write(f"{name}_by_group.png", lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
+    run.show("accuracy_by_group", "Mean over the clean image and its views", rows, (*GROUPS, "all", *args.test_shift))
+    print(f"(diagnosis) a sub-model is right for {test['at_least_one_right']:.1f} % of the images; instance weights took "
+          f"{test['weights_seconds']:.2f} s, the forward passes {test['forward_seconds']:.1f} s; weights of the product: "
+          f"{', '.join(f'{v:.2f}' for v in test['product'])}")
 
 # ------------------------------------------------------------------------------------------------------- flags and main
 
@@ -513,7 +476,7 @@ def parse_args(argv=None):
     add("--recipe", choices=["default", "paper"], default="default", help="paper: every value as published")
     add("--epochs", type=number(int, 0), help="one number a stage, as 100,50,50; 0: --weights names its stage1.pt")
     add("--lr", type=number(above=0), help="peak rate, one number a stage, as 0.1,0.05,0.05")
-    add("--schedule", help="one word a stage: cosine (to 0) or constant, as cosine,constant,constant")
+    add("--schedule", choices=["cosine", "constant"], help="of the rate after stage 1, whose is a cosine to 0")
     add = parser.add_argument_group("method").add_argument
     add("--order", default="many,medium,few", help="stages: also many,few or many,medium-top,medium-low,few")
     add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
@@ -536,11 +499,8 @@ def parse_args(argv=None):
     both = "medium" in args.order and set(args.order) & {"medium-top", "medium-low"}
     if set(args.order) - set(known) or len(set(args.order)) != len(args.order) or both:
         raise InputError(f"--order {','.join(args.order)}: name each stage once, of {', '.join(known)}")
-    args.schedule = args.schedule.split(",")
-    if set(args.schedule) - {"cosine", "constant"}:
-        raise InputError(f"--schedule {','.join(args.schedule)}: cosine or constant")
     T = len(args.order)
-    for flag, n in {"epochs": T, "lr": T, "schedule": T, "gamma": T - 1}.items():
+    for flag, n in {"epochs": T, "lr": T, "gamma": T - 1}.items():
         values = getattr(args, flag) if isinstance(getattr(args, flag), list) else [getattr(args, flag)]
         if len(values) not in (1, n) and flag in given:
             raise InputError(f"--{flag}: {len(values)} values for {n}; give one, or one a stage")
@@ -553,7 +513,7 @@ def make_stages(args, data):
     all."""
     stages, counts = [], data.counts
     gammas = [None] * len(args.order) if args.gamma == "auto" else [*args.gamma, None]
-    for name, epochs, lr, schedule, gamma in zip(list(args.order), args.epochs, args.lr, args.schedule, gammas):
+    for name, epochs, lr, gamma in zip(list(args.order), args.epochs, args.lr, gammas):
         classes = stage_classes(counts, name)
         if not len(classes) and (name != "many" or stages):
             print(f"warning: no class is {name}; its stage is left out")
@@ -563,7 +523,7 @@ def make_stages(args, data):
         alpha = compensation_alpha(counts, name, args.rho) if args.loss == "compensation" else np.ones(len(counts))
         probs = stage_class_probs(counts, name, args.rho, args.few_sampling)
         log_alpha = torch.tensor(np.log(alpha), dtype=torch.float32, device=data.device)
-        stages.append(Stage(name, classes, probs, log_alpha, epochs, lr, schedule, gamma))
+        stages.append(Stage(name, classes, probs, log_alpha, epochs, lr, gamma))
     args.epochs = [stage.epochs for stage in stages]
     if not stages:
         raise InputError("--order: none of its stages has a class in this dataset; begin with many")
@@ -594,19 +554,14 @@ def main(argv=None):
             tpd(model, t, stage, data, args, run)  # Eq. 4; the last stage keeps all
     states = test_time(model, stages, data, args, run)  # Eq. 5
 
-    print_report(run.report)
-    draw_figures(run.report, run)
+    show_report(run.report, args, run)
     report, test = run.report, run.report["test"]
-    saved = {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu(),
-             "stages": args.order, "model": model.state_dict(), "rest": model.stage_rest}
+    saved = {"model.pt": {"stages": args.order, "model": model.state_dict(), "rest": model.stage_rest}}
     exports = {f"submodel{t}.pt": state for t, state in enumerate(states, 1) if args.export}
-    chosen = test["aggregations"][args.agg]
-    result = {"method": "do", "acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
-              "ece": chosen["ece"], "eval_seconds": test["forward_seconds"] + test["weights_seconds"],
-              "aggregations": test["aggregations"], "lambda_by_group": test["lambda_by_group"], "test": test,
-              "val": report.get("val")}
-    kept = ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve")
-    return run.finish(result | {key: report[key] for key in kept}, {"model.pt": saved} | exports)
+    kept = ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve", "test", "val")
+    result = {"method": "do", "eval_seconds": test["forward_seconds"] + test["weights_seconds"],
+              "aggregations": test["aggregations"], "lambda_by_group": test["lambda_by_group"]}
+    return run.finish(result | {k: report.get(k) for k in kept}, test["aggregations"][args.agg], data, saved, exports)
 
 if __name__ == "__main__":
     run_script(main)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (DEFAULT_IMB, RANK, WORKERS, WORLD, InputError, add_data_arguments, argument_parser, known_name,
-                     number, reading)
+from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, add_data_arguments, argument_parser,
+                     draw_bars, known_name, number, reading, shifts, table)
 
 OWNER = "weight_owner"  # name of the buffer that add_owner_masks puts beside each weight
 CIFAR_DEPTHS = {f"resnet{6 * n + 2}": n for n in (3, 5, 7, 9, 18)}  # resnet20, 32, 44, 56, 110
@@ -76,18 +77,17 @@ def build_model(arch, num_classes, pretrained=False):
     known = set(zoo.list_models(module=zoo)) - {"googlenet", "inception_v3"}  # these have several outputs
     if arch not in CIFAR_DEPTHS and arch not in known:
         raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152 or another of torchvision's")
-    if download and (arch in CIFAR_DEPTHS or not arch.startswith(("resne", "wide_resnet"))):
+    if not download:
+        model = ResNetCifar(CIFAR_DEPTHS[arch], num_classes) if arch in CIFAR_DEPTHS else \
+            zoo.get_model(arch, num_classes=num_classes)
+        return load_weights(model, pretrained) if pretrained else model
+    if arch in CIFAR_DEPTHS or not arch.startswith(("resne", "wide_resnet")):
         raise InputError(f"--arch {arch}: --pretrained has torchvision's ResNets, resnet50 say; leave it out")
-    try:
-        model = ResNetCifar(CIFAR_DEPTHS[arch], num_classes) if arch in CIFAR_DEPTHS else zoo.get_model(
-            arch, **({"weights": "DEFAULT"} if download else {"num_classes": num_classes}))
-    except OSError as error:
-        url = zoo.get_model_weights(arch).DEFAULT.url
-        raise InputError(f"--pretrained: no download of {url} ({error}); put it by hand into "
-                         f"{torch.hub.get_dir()}/checkpoints") from None
-    if download:
-        model.fc = nn.Linear(model.fc.in_features, num_classes)
-    return load_weights(model, pretrained) if pretrained and not download else model
+    url, folder = zoo.get_model_weights(arch).DEFAULT.url, f"{torch.hub.get_dir()}/checkpoints"
+    with reading(f"--pretrained: {url}", f"put it by hand into {folder}"):
+        model = zoo.get_model(arch, weights="DEFAULT")
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model
 
 def load_weights(model, path):
     """Load a state dict as build_model says; returns the model. Raises InputError."""
@@ -97,11 +97,11 @@ def load_weights(model, path):
             state = state.get(key, state)
         state = {k.removeprefix("module."): v for k, v in state.items()}
     own, last = model.state_dict(), list(weight_layers(model))[-1]
-    wrong = [k for k in own if not k.startswith(last) and (k not in state or state[k].shape != own[k].shape)]
-    if wrong:
+    fits = {k: state[k] for k in own if k in state and state[k].shape == own[k].shape}
+    if wrong := [k for k in own if k not in fits and not k.startswith(last)]:
         raise InputError(f"--weights {path}: lacks {len(wrong)} of {len(own)} tensors of this network or has them in "
                          f"another shape, {wrong[0]} first; give weights of the same --arch")
-    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
+    model.load_state_dict(fits, strict=False)
     return model
 
 # ------------------------------------------------------------------------------- owner masks and nested sub-models (DO)
@@ -151,8 +151,8 @@ def submodel_state(model, t):
 class LowRank(nn.Module):
     """W = W_g + B A as a parametrisation of a weight seen as out x (in * kh * kw), of rank ratio * the smaller side.
 
-    init "zero": A Kaiming, B zero. "svd": B A is the best approximation of W of that rank. "random": A Kaiming, B
-    normal with W's standard deviation. Whatever the start, W_g = W - B A, so that the network computes what it did.
+    init "zero": A Kaiming, B zero. "svd": B A is the best approximation of W of that rank. Whatever the start, W_g = W
+    - B A, so that the network computes what it did.
     """
 
     def __init__(self, weight, ratio, init="zero"):
@@ -164,8 +164,6 @@ class LowRank(nn.Module):
         if init == "svd":
             U, S, V = torch.linalg.svd(flat.double(), full_matrices=False)
             A, B = ((S[:rank, None].sqrt() * V[:rank]).to(flat), (U[:, :rank] * S[:rank].sqrt()).to(flat))
-        elif init == "random":
-            B.normal_(std=flat.std().item())
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         self.general = False  # general_only switches the low-rank term off
 
@@ -181,7 +179,7 @@ class LowRank(nn.Module):
 def add_low_rank(model, ratio=0.1, init="zero"):
     """Turn every conv and linear weight of any module (and attention's fused projection) into W_g + B A; returns it.
 
-    init: zero, svd or random (see LowRank); with zero the network computes bit for bit what it did before. Draws A from
+    init: zero or svd (see LowRank); with zero the network computes bit for bit what it did before. Draws A from
     the global torch generator. Source: MORE (Luo et al., NeurIPS 2025, arXiv 2510.08177), as known at second hand.
     """
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -214,20 +212,6 @@ def merge_low_rank(model):
 
 # -------------------------------------------------------------------------------------------------- the folder of a run
 
-def write_atomic(path, write):
-    """Call write(temporary path), then rename the file to `path`: a reader sees the old file or the new one, never a
-    half. Raises InputError when there is no room or no right to write; `path` is then what it was."""
-    tmp = f"{path}.tmp"
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as a RuntimeError
-        if "CUDA" in str(error):
-            raise
-        Path(tmp).unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({str(error).splitlines()[0]}); what was there is kept: make room, "
-                         "then go on with --resume") from None
-
 def load_checkpoint(path):
     """The checkpoint at `path`, on the CPU, or the one before (*.prev) if this one is damaged or gone; {} when there is
     neither. A damaged file is set aside as *.damaged. Raises InputError when files are there and none can be read."""
@@ -248,9 +232,10 @@ def load_checkpoint(path):
 
 class RunFolder:
     """The folder --out of a run: last.pt to go on from, log.csv, result.json, model.pt. Process 0 writes. state: what
-    `save` got last when the run is resumed, else {}. report: a dict of the caller's own, kept with it.
+    `save` got last when the run is resumed, else {}. report: a dict of the caller's own, kept with it. FREE: flags that
+    a resumed run may change.
     Raises InputError for a folder that cannot be made, holds a run (without --resume) or another one's (with it)."""
-    FREE = {"resume", "out", "export", "agg", "device", "data_root", "lists", "workers", "compile"}  # may change
+    FREE = {"resume", "out", "export", "agg", "device", "data_root", "lists", "workers", "compile", "test_shift"}
 
     def __init__(self, args, counts):
         self.path, self.args, self.counts, self.state = Path(args.out), args, counts.tolist(), {}
@@ -281,9 +266,20 @@ class RunFolder:
             raise InputError(f"{last} is of a run on other data: its images per class differ; give another --out")
 
     def write(self, name, write):
-        """A file of the folder, by write(temporary path)."""
-        if not RANK:
-            write_atomic(self.path / name, write)
+        """Call write(temporary path), then rename the file to `name`: a reader sees the old file or the new one, never a
+        half. Raises InputError when there is no room or no right to write; what was there is then as it was."""
+        path, tmp = self.path / name, f"{self.path / name}.tmp"
+        if RANK:
+            return
+        try:
+            write(tmp)
+            os.replace(tmp, path)
+        except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as a RuntimeError
+            if "CUDA" in str(error):
+                raise
+            Path(tmp).unlink(missing_ok=True)
+            raise InputError(f"{path} cannot be written ({str(error).splitlines()[0]}); what was there is kept: make "
+                             "room, then go on with --resume") from None
 
     def save(self, model, optimizer=None, **where):
         """Checkpoint: the model, its optimiser, the report and `where` the run stands; the last one stays as *.prev."""
@@ -312,19 +308,29 @@ class RunFolder:
         cells = ("-" if v is None else show(v) if isinstance(v, float) else v for v in rows[-1].values())
         print("".join(f"{cell:>9}" for cell in cells), flush=True)
 
-    def finish(self, result, tensors):
-        """result.json, with what every run's has, and files {name: what torch.save takes}. Returns the result."""
+    def show(self, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
+        """Print rows {label: {column: number or None}} as a table; as bars they become NAME.png."""
+        print("\n" + table(title, rows, columns, form))
+        if find_spec("matplotlib"):
+            self.write(f"{name}.png", lambda tmp: draw_bars(tmp, title, rows, columns))
+
+    def finish(self, result, chosen, data, saved, exports):
+        """result.json: `result`, the figures `chosen` and what every run's has. Files of torch.save: `saved` {name:
+        dict}, with what prediction needs of the data, and `exports` as they are. Returns the result."""
         args, report = self.args, self.report
         gpu, seconds = torch.cuda.is_available() and args.device != "cpu", report["train_seconds"]
         common = ("dataset", "imb", "arch", "seed", "split_seed", "epochs", "precision")
-        result |= {key: getattr(args, key) for key in common} | {
-            "args": vars(args), "images_per_second": report["images"] / max(seconds, 1e-9), "train_seconds": seconds,
-            "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
-            "torch": torch.__version__, "git": self.commit}
-        for name, value in tensors.items():
+        result |= {"acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
+                   "ece": chosen["ece"], **{key: getattr(args, key) for key in common}, "args": vars(args),
+                   "images_per_second": report["images"] / max(seconds, 1e-9), "train_seconds": seconds,
+                   "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+                   "torch": torch.__version__, "git": self.commit}
+        known = {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu()}
+        for name, value in ({k: known | v for k, v in saved.items()} | exports).items():
             self.write(name, lambda tmp: torch.save(value, tmp))
         self.write("result.json", lambda tmp: Path(tmp).write_text(json.dumps(result, indent=1)))
-        print(f"\nresult: {self.path / 'result.json'}")
+        print("\n" + "no figures: pip install matplotlib\n" * (not find_spec("matplotlib")), end="")
+        print(f"result: {self.path / 'result.json'}")
         return result
 
 # ---------------------------------------------------------------------------------------------------------- the machine
@@ -375,18 +381,18 @@ def ready(model, data, args, method):
           f"{args.seed}; writes {args.out}", flush=True)
     return model, run
 
-def faster_precision(model, data, seconds=None):
-    """"bf16" or "fp32", whichever trains 64 random images faster on a copy of the model: the better of two steps each,
-    after one to warm up; process 0 decides for all. seconds: a function that gives them (None: the clock)."""
-    seconds, rates, model = seconds or (lambda: clock(data.device)), [], copy.deepcopy(model).train()
-    x = torch.randn(64, 3, data.side, data.side, device=data.device).to(memory_format=torch.channels_last)
+def faster_precision(model, data):
+    """"bf16" or "fp32", whichever trains random images faster on a copy of the model: the better of two steps each,
+    after one to warm up; process 0 decides for all."""
+    rates, model = [], copy.deepcopy(model).train()
+    x = torch.randn(64 if data.cuda else 16, 3, data.side, data.side, device=data.device)  # bf16 may be very slow
     for precision in ("fp32", "bf16"):
-        ticks = [seconds()]
+        ticks = [clock(data.device)]
         for _ in range(3):
             with autocast(data.device, precision):
-                loss = model(x).float().logsumexp(1).mean()
+                loss = model(x.to(memory_format=torch.channels_last)).float().logsumexp(1).mean()
             loss.backward()
-            ticks.append(seconds())
+            ticks.append(clock(data.device))
         rates.append(len(x) / max(min(np.diff(ticks)[1:]), 1e-9))
     choice = torch.tensor(rates, device=data.device)
     if WORLD > 1:
@@ -445,6 +451,8 @@ def script_parser(description, export):
     add("--mixup", type=number(least=0), help="alpha of mixup's Beta distribution; 0: none")
     add("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment")
     add("--views", type=number(int, 2), default=2, help="random views of a test image beside the clean one")
+    add("--test-shift", type=shifts, default=[], metavar="KIND:RATIO,..", help="report test sets of other class "
+        "frequencies, too, as forward:50,backward:50 (the profile of training, the reverse)")
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of weights, draws, augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")

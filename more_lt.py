@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torchvision.ops import StochasticDepth, sigmoid_focal_loss
 
 from data_lt import (GROUPS, RANK, InputError, crop_flip, describe, expected_calibration_error, group_accuracy,
-                     group_means, load_dataset, mixup, normalize, number, reading, table_row)
-from models import (LowRank, add_low_rank, all_sum, autocast, build_model, clock, distribute, fill_in, general_only,
-                    learning_rates, merge_low_rank, plain_state, ready, run_script, script_parser, start,
-                    stop_unless_finite)
+                     group_means, load_dataset, mixup, normalize, number, reading, shifted)
+from models import (all_sum, autocast, build_model, clock, distribute, fill_in, learning_rates, plain_state, ready,
+                    run_script, script_parser, start, stop_unless_finite)
+from models import LowRank, add_low_rank, general_only, merge_low_rank
 
 CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005, 66.6322, 70.3232])  # open_clip's
 
@@ -209,22 +209,22 @@ def train(network, optimizer, batches, plan, losses, data, args, rng):
         x, other, lam = mixup(x, y, args.mixup, rng)
         with autocast(data.device, args.precision):
             full, general = network(x)
-        full = full.float()
-        base, extra, apart = losses[deferred](full, y), full.new_zeros(()), full.new_zeros(len(x))
+        logits = full.float()
+        loss, extra, apart = losses[deferred](logits, y), logits.new_zeros(()), logits.new_zeros(len(x))
         if lam < 1:
-            base = lam * base + (1 - lam) * losses[deferred](full, other)
+            loss = lam * loss + (1 - lam) * losses[deferred](logits, other)
         if general is not None:
             general = general.float()
-            extra = more_loss(full, general, data.prior, y, args.discrepancy, args.prior_weight)
-            apart = discrepancies(full.detach(), general.detach(), args.discrepancy, data.multi_label).sum(1)
+            extra = more_loss(logits, general, data.prior, y, args.discrepancy, args.prior_weight)
+            apart = discrepancies(logits.detach(), general.detach(), args.discrepancy, data.multi_label).sum(1)
         optimizer.zero_grad()
-        (base + weight * extra).backward()
+        (loss + weight * extra).backward()
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
             truth = y.float() if data.multi_label else F.one_hot(y, data.num_classes).float()
-            right = (full > 0).float() if data.multi_label else (full.argmax(1) == y).float()[:, None]
+            right = (logits > 0).float() if data.multi_label else (logits.argmax(1) == y).float()[:, None]
             sums[:3] += torch.stack([truth.sum(0), (truth * right).sum(0), (truth * apart[:, None]).sum(0)])
-            sums[3:] += torch.stack([base, extra])[:, None] * len(x)
+            sums[3:] += torch.stack([loss, extra])[:, None] * len(x)
     return all_sum(sums)
 
 def make_optimizer(model, args):
@@ -244,39 +244,37 @@ def low_rank_share(model):
     return {name: float((t[0].B @ t[0].A).norm() / t.original.norm()) for name, t in terms.items()}
 
 def fit(model, data, args, run):
-    """Train W_g and B A together; goes on from run.state. Adds the epochs' |B A| / |W_g| to run.report."""
-    both = not args.no_more and args.amplitude > 0  # else one pass a step
+    """Train W_g and B A together; goes on from run.state."""
+    both, epochs = not args.no_more and args.amplitude > 0, args.epochs  # without the loss one pass a step
     optimizer, network = make_optimizer(model, args), distribute(TwoPasses(model, both, args.detach_general))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
     losses = [base_losses(data, deferred)[args.loss] for deferred in (False, True)]
     alike = None if args.sampling == "natural" else np.full(data.num_classes, 1 / data.num_classes)
     sampler, steps = data.sampler(alike, args.seed), len(data.train) // data.batch_size
-    peak, total = args.amplitude * data.num_classes * both, args.epochs * steps  # A = A' C
-    print(f"\n{args.loss}: {args.epochs} epochs, rate {args.lr:g} cosine; accuracy (several labels: recall) on the "
-          "images drawn, and val")
-    for epoch in range(run.state.get("epoch", 0), args.epochs):
+    peak, total = args.amplitude * data.num_classes * both, epochs * steps  # A = A' C
+    print(f"\n{args.loss}: {epochs} epochs, rate {args.lr:g} cosine; accuracy (several labels: recall) on the images "
+          "drawn, and val")
+    for epoch in range(run.state.get("epoch", 0), epochs):
         began, key = clock(data.device), [args.seed, 1, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        rates = learning_rates(args.lr, epoch, args.epochs, steps, "cosine", args.warmup)
+        rates = learning_rates(args.lr, epoch, epochs, steps, "cosine", args.warmup)
+        batches, rng = data.batches(sampler.set_epoch(epoch).indices(), key), np.random.default_rng([*key, RANK])
         at = range(epoch * steps, (epoch + 1) * steps)
         weights = [sinusoidal_weight(s, total, peak) if args.schedule == "sin" else peak for s in at]
         plan = zip(rates, weights, [s >= 0.8 * total for s in at])  # LDAM-DRW: re-weighting in the last fifth
-        batches = data.batches(sampler.set_epoch(epoch).indices(), key)
-        sums = train(network, optimizer, batches, plan, losses, data, args, np.random.default_rng([*key, RANK]))
+        sums = train(network, optimizer, batches, plan, losses, data, args, rng)
         stop_unless_finite(sums.sum(), model, f"epoch {epoch + 1}", "--lr or --amplitude")
         drawn, correct, apart, loss, extra = sums.cpu().double().numpy()
-        drawn = np.where(drawn > 0, drawn, np.nan)
-        acc, gaps = group_means(100 * correct / drawn, data.groups), group_means(apart / drawn, data.groups)
-        seconds, done, share = clock(data.device) - began, epoch + 1, low_rank_share(model)
-        n, val = steps * data.batch_size, None
-        if done % 10 == 0 or done == args.epochs:
-            val = scored(predict(model, data.val.images, data, args), data.val, data)["all"]
-        run.log({"epoch": done, "loss": loss[0] / n, "rate": rates[0], **acc, "val": val, "a(t)": weights[0],
+        acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), data.groups)
+        gaps, share = group_means(apart / np.where(drawn > 0, drawn, np.nan), data.groups), low_rank_share(model)
+        seconds, n, val = clock(data.device) - began, steps * data.batch_size, None
+        if epoch % 10 == 9 or epoch + 1 == epochs:
+            val = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)["all"]
+        run.log({"epoch": epoch + 1, "loss": loss[0] / n, "rate": rates[0], **acc, "val": val, "a(t)": weights[0],
                  "L_MORE": extra[0] / n, "|BA|/|W|": float(np.mean([*share.values()] or [0.0])),
-                 **{f"D {g}": gaps[g] for g in GROUPS}}, n, seconds, n * args.epochs)
-        run.report["shares"].append(share)
-        run.save(model, optimizer, epoch=done)
+                 **{f"D {g}": gaps[g] for g in GROUPS}}, n, seconds, n * epochs)
+        run.save(model, optimizer, epoch=epoch + 1)
 
 # ----------------------------------------------------------------------------------- test time: merged, a plain network
 
@@ -312,19 +310,20 @@ def predict(model, images, data, args, views=0):
         out[:, begin:begin + len(x)] = logits.view(1 + views, len(x), -1)
     return all_sum(out)
 
-def scored(logits, split, data):
-    """By group and per class, from the mean logits of the views, V x N x K: top-1 accuracy and ECE; with several labels
-    an image average precision (their mean is mAP), OF1 and CF1. Nothing but None where the split is empty."""
+def scored(logits, split, data, args):
+    """Top-1 accuracy by group, per class and as --test-shift asks, and ECE, from logits N x K; with several labels an
+    image average precision (their mean is mAP), OF1 and CF1. Nothing but None where the split is empty."""
     if not len(split):
-        return dict.fromkeys((*GROUPS, "all"))
-    labels, logits = torch.from_numpy(split.labels).to(logits.device), logits.mean(0)
-    if labels.dim() == 1:
-        ece = expected_calibration_error(logits.softmax(1), labels)
-        return group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts) | {"ece": ece}
-    ap = (100 * average_precision(logits, labels)).cpu().numpy()
-    of1, cf1 = f1_scores(logits, labels)
-    per_class = [None if math.isnan(v) else float(v) for v in ap]
-    return group_means(ap, data.groups) | {"per_class": per_class, "ece": None, "of1": of1, "cf1": cf1}
+        return dict.fromkeys((*GROUPS, "all", "per_class"))
+    if data.multi_label:
+        labels = torch.from_numpy(split.labels).to(logits.device)
+        ap, (of1, cf1) = (100 * average_precision(logits, labels)).cpu().numpy(), f1_scores(logits, labels)
+        listed = [None if math.isnan(v) else float(v) for v in ap]
+        acc, ece = group_means(ap, data.groups) | {"per_class": listed, "of1": of1, "cf1": cf1}, None
+    else:
+        ece = expected_calibration_error(logits.softmax(1), torch.from_numpy(split.labels).to(logits.device))
+        acc = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
+    return acc | shifted(acc["per_class"], data.counts, args.test_shift) | {"ece": ece}
 
 def discrepancy_by_group(full, general, split, data, kind):
     """Mean discrepancy of two passes' logits N x K by class group, {"many", "medium", "few", "all"}."""
@@ -340,54 +339,41 @@ def test_time(model, data, args, run):
     views = predict(model, data.test.images, data, args, args.views)
     report["eval_seconds"], report["merged_max_abs_diff"] = clock(data.device) - began, None
     report["low_rank_share"], report["discrepancy_by_group"] = low_rank_share(model), {}
-    rows = {"test": scored(views[:1], data.test, data), "test" + several: scored(views, data.test, data)}
+    rows = report["results"] = {"test": scored(views[0], data.test, data, args),
+                                "test" + several: scored(views.mean(0), data.test, data, args)}
     if args.loss == "ce":  # its prior taken off after training: the bar for whatever else is done about it
         adjusted = views.log_softmax(2) - data.prior.log()
-        rows["test, logit-adjusted"] = scored(adjusted[:1], data.test, data)
-        rows["test, logit-adjusted" + several] = scored(adjusted, data.test, data)
-    if len(data.val):
-        rows["val"] = scored(predict(model, data.val.images, data, args), data.val, data)
-    report["results"] = rows
+        rows["test, logit-adjusted"] = scored(adjusted[0], data.test, data, args)
+        rows["test, logit-adjusted" + several] = scored(adjusted.mean(0), data.test, data, args)
+    rows["val"] = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)
     if args.no_more:
         return
     exact, split = argparse.Namespace(**vars(args) | {"precision": "fp32"}), data.val if len(data.val) else data.test
     torch.backends.cudnn.allow_tf32 = False  # bf16's and TF32's rounding is larger than a small B A
-    full = predict(model, split.images, data, exact)
+    full = predict(model, split.images, data, exact)[0]
     with general_only(model):
-        general = predict(model, split.images, data, exact)
-        rows["test, W_g alone"] = scored(predict(model, data.test.images, data, args), data.test, data)
-    if len(data.val):
-        rows["val, W_g alone"] = scored(general, data.val, data)
-    report["discrepancy_by_group"] = discrepancy_by_group(full[0], general[0], split, data, args.discrepancy)
+        general = predict(model, split.images, data, exact)[0]
+        rows["test, W_g alone"] = scored(predict(model, data.test.images, data, args)[0], data.test, data, args)
+        rows["val, W_g alone"] = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)
+    report["discrepancy_by_group"] = discrepancy_by_group(full, general, split, data, args.discrepancy)
     merge_low_rank(model)
-    report["merged_max_abs_diff"] = float((predict(model, split.images, data, exact) - full).abs().max())
+    report["merged_max_abs_diff"] = float((predict(model, split.images, data, exact)[0] - full).abs().max())
 
 # --------------------------------------------------------------------------------------------------------------- report
 
-def print_report(report, data):
-    """The tables of this run."""
-    columns = (*GROUPS, "all", *(("of1", "cf1") if data.multi_label else ("ece",)))
-    print("\n" + table_row("mAP, %" if data.multi_label else "top-1, %", columns=columns))
-    for label, acc in report["results"].items():
-        print(table_row(label, acc, columns))
+def show_report(report, args, run):
+    """The tables and figures of this run."""
+    rows = {label: acc for label, acc in report["results"].items() if acc["all"] is not None}
+    columns = (*GROUPS, "all", *(c for c in ("of1", "cf1") if c in rows["test"]), *args.test_shift)
+    run.show("accuracy_by_group", "mAP, %" if "of1" in rows["test"] else "Top-1, %", rows, columns)
     if report["merged_max_abs_diff"] is not None:
-        diff, ends = report["merged_max_abs_diff"], report["discrepancy_by_group"]
-        print(f"merged and unmerged logits (fp32) differ by {diff:.1e} at most" + ": TOO MUCH" * (diff > 1e-4))
+        ends = {f"epoch {row['epoch']}": {g: row[f"D {g}"] for g in GROUPS}
+                for row in report["log"][::max(1, len(report["log"]) // 6)]}
+        ends["at the end, fp32"] = report["discrepancy_by_group"]
+        run.show("discrepancy_by_group", "Discrepancy of the full and the general pass", ends, GROUPS, ".3g")
         print("|BA| / |W_g| by layer: " + "  ".join(f"{k} {v:.3f}" for k, v in report["low_rank_share"].items()))
-        print("discrepancy (fp32): " + ", ".join(f"{g} {v:.4g}" for g, v in ends.items() if v is not None))
-
-def draw_figures(report, run):
-    """Discrepancy by class group over the epochs, when matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no figures: pip install matplotlib to have them drawn")
-    figure, log = Figure((7, 3.2), layout="tight"), report["log"]
-    axes = figure.add_subplot(title="discrepancy of full and general pass, by class group", xlabel="epoch")
-    for group in GROUPS:
-        axes.plot([row["epoch"] for row in log], np.array([row[f"D {group}"] for row in log], dtype=float), label=group)
-    axes.legend(fontsize=7)
-    run.write("discrepancy_by_group.png", lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
+        diff = report["merged_max_abs_diff"]
+        print(f"merged and unmerged logits (fp32) differ by {diff:.1e} at most" + ": TOO MUCH" * (diff > 1e-4))
 
 # ------------------------------------------------------------------------------------------------------- flags and main
 
@@ -412,7 +398,7 @@ def parse_args(argv=None):
     add("--prior-weight", choices=["sample", "class"], default="sample", help="several labels: mean or each logit's")
     add("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight")
     add("--detach-general", action="store_true", help="no gradient through the general pass: cheaper")
-    add("--low-rank-init", choices=["zero", "svd", "random"], default="zero", help="start of B A")
+    add("--low-rank-init", choices=["zero", "svd"], default="zero", help="start of B A")
     add("--low-rank-decay", type=number(least=0), default=0.0, help="weight decay of A and B; 5e-4 keeps B A near zero")
     args = parser.parse_args(argv)
     fill_in(args, RECIPES, "clip" if (args.arch or "").startswith("clip:") else None)
@@ -448,22 +434,17 @@ def main(argv=None):
     if not args.no_more:  # every weight W_g + B A, at the start exactly the plain network
         add_low_rank(model.visual if clip else model, args.rank_ratio, args.low_rank_init)
     model, run = ready(model, data, args, f"{'base' if args.no_more else 'more'}_{args.loss}")
-    run.report = {"shares": []} | run.report
 
     fit(model, data, args, run)
     test_time(model, data, args, run)
 
-    print_report(run.report, data)
-    if not args.no_more:
-        draw_figures(run.report, run)
-    report, state, chosen = run.report, plain_state(model), run.report["results"]["test"]
-    saved = {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu(),
-             "model": state}
+    show_report(run.report, args, run)
+    report, state = run.report, plain_state(model)
+    exports = {"merged.pt": state} if args.export else {}
     kept = ("results", "merged_max_abs_diff", "low_rank_share", "discrepancy_by_group", "eval_seconds")
-    return run.finish({"method": "base" if args.no_more else "more", "acc": {g: chosen[g] for g in (*GROUPS, "all")},
-                       "per_class": chosen["per_class"], "ece": chosen["ece"], **{k: report[k] for k in kept},
-                       "metric": "mAP" if data.multi_label else "top-1"},
-                      {"model.pt": saved} | ({"merged.pt": state} if args.export else {}))
+    result = {"method": "base" if args.no_more else "more", "metric": "mAP" if data.multi_label else "top-1"}
+    saved = {"model.pt": {"model": state}}
+    return run.finish(result | {k: report[k] for k in kept}, report["results"]["test"], data, saved, exports)
 
 if __name__ == "__main__":
     run_script(main)
