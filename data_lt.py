@@ -36,8 +36,7 @@ VAL_PER_CLASS = 50  # left-out training images that serve as validation split, a
 DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # elsewhere: as they are
 
 class InputError(ValueError):
-    """Bad input: one line that names the argument or file, what is wrong and what to do. The scripts exit with code
-    2."""
+    """Bad input: a line that names the argument or file, what is wrong and what to do. Exit code 2 in the scripts."""
 
 # ---------------------------------------------------------------------------------------------------- splits and groups
 
@@ -62,8 +61,7 @@ def class_groups(counts, many=100, few=20):
     """{"many": class indices with more than `many` training images, "few": fewer than `few`, "medium": the others}."""
     counts = np.asarray(counts)
     return {"many": np.flatnonzero(counts > many),
-            "medium": np.flatnonzero((counts <= many) & (counts >= few)),
-            "few": np.flatnonzero(counts < few)}
+            "medium": np.flatnonzero((counts <= many) & (counts >= few)), "few": np.flatnonzero(counts < few)}
 
 def longtail_indices(labels, counts, split_seed=0):
     """(kept, left): which images the long-tailed split keeps, and of those that it leaves out up to VAL_PER_CLASS a
@@ -87,10 +85,9 @@ def longtail_multilabel(labels, counts, split_seed=0):
     """(kept, left): a long-tailed draw for several labels an image, and up to VAL_PER_CLASS of the other images a
     class; sorted int arrays.
 
-    The class with the fewest images in the data becomes the rarest, and so on. From the rarest class up, images are
-    drawn until the class has its count; no other image of it is then taken for a more frequent class. A frequent class
-    may end above its count (images of rarer classes carry it too) or below (its other images are barred). labels: 0/1 N
-    x K; counts: (K,), in any order.
+    The class with the fewest images becomes the rarest, and so on. From the rarest up, images are drawn until the class
+    has its count; no other image of it is then taken for a more frequent class, which may so end below its count, or
+    above, by images of rarer classes. labels: 0/1 N x K; counts: (K,), in any order.
     """
     rng = np.random.RandomState(split_seed)
     order = np.argsort(labels.sum(0), kind="stable")  # rarest first
@@ -191,7 +188,7 @@ def shifted(per_class, counts, shifts):
     seen, out = [c for c, v in enumerate(per_class) if v is not None], {}
     for shift in shifts:
         kind, _, ratio = shift.partition(":")
-        weights = float(ratio or 1) ** ({"forward": -1, "uniform": 0, "backward": 1}[kind] * rank)
+        weights = float(ratio or 1) ** ((("forward", "uniform", "backward").index(kind) - 1) * rank)
         out[shift] = float(np.average(np.array(per_class, float)[seen], weights=weights[seen]))
     return out
 
@@ -219,8 +216,7 @@ def to_device(array, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 def crop_flip(images, rng, pad):
-    """A random crop of the zero-padded image and a horizontal flip of every second one. uint8 n x 3 x H x W -> the same
-    shape."""
+    """A random crop of the zero-padded image and a flip of every second one. uint8 n x 3 x H x W, in and out."""
     n, _, h, w = images.shape
     top, left, flip = rng.integers(2 * pad + 1, size=n), rng.integers(2 * pad + 1, size=n), rng.random(n) < 0.5
     rows = to_device(top[:, None] + np.arange(h), images.device)
@@ -253,10 +249,6 @@ def rand_augment(images, rng, group):
             out[at] = v2.RandAugment(2, int(rng.integers(19)))(images[at])
     return out
 
-def center_crop(images, size):
-    """The middle size x size pixels of n x 3 x H x W images; all of them when size is None."""
-    return images if size is None else v2.functional.center_crop(images, [size, size])
-
 def augment(images, rng, kind="strong", crop=None, group=8):
     """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop, flip, RandAugment). crop:
     None, or the side of a random resized crop, the field's crop for photographs. group: see rand_augment.
@@ -264,7 +256,7 @@ def augment(images, rng, kind="strong", crop=None, group=8):
     images: uint8 n x 3 x H x W, any device. rng: numpy Generator. Returns uint8, n x 3 x H x W or n x 3 x crop x crop.
     """
     if kind == "none":
-        return center_crop(images, crop)
+        return v2.functional.center_crop(images, [crop, crop]) if crop else images
     images = random_resized_crop(images, rng, crop) if crop else crop_flip(images, rng, images.shape[-1] // 8)
     return rand_augment(images.contiguous(), rng, group) if kind == "strong" else images
 
@@ -351,10 +343,6 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def subset(self, rows):
-        """The Split of these rows."""
-        return Split(self.images[rows], self.labels[rows])
-
 @dataclass
 class Dataset:
     """train, val, test: Split (val may be empty). counts: int array (K,), training images per class. source: what was
@@ -382,6 +370,7 @@ class Dataset:
         less than 60 % of its free memory); returns the dataset. batch_size: of all processes together, at most the
         images there are. stats: (mean, std) as channel_stats gives them, which is the default."""
         self.device, self.aug, self.workers, self.cuda = device, aug, workers, device.type == "cuda"
+        self.centre = v2.CenterCrop(self.crop) if self.crop else v2.Identity()
         self.batch_size = min(batch_size, len(self.train) // WORLD * WORLD)
         self.mean, self.std = (v.to(device) for v in stats or channel_stats(self.train.images))
         self.counts_t = torch.tensor(self.counts, dtype=torch.float32, device=device)
@@ -431,7 +420,7 @@ class Dataset:
             flat, sizes = np.concatenate([[], *picks]).astype(int), [len(p) for p in picks]
             clean = self.train.images.batches(flat, sizes, self.workers)
         else:
-            clean = (center_crop(self.take(p), self.crop) for p in picks)
+            clean = (self.centre(self.take(p)) for p in picks)
         yield from (normalize(x.to(self.device), self.mean, self.std) for x in clean)
 
     def test_batches(self, images):
@@ -446,7 +435,7 @@ class Dataset:
         else:
             for start in starts:
                 x = to_device(images[start:start + size], self.device).permute(0, 3, 1, 2)
-                yield start, center_crop(x, self.crop)
+                yield start, self.centre(x)
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
@@ -502,9 +491,9 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
             raise InputError(f"{source} with --imb {imb:g}: {error}") from None
         if class_counts(train.labels[kept], k).min() == 0:
             raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; take less")
-        splits.setdefault("val", train.subset(left))
-        train = train.subset(kept)
-    val = splits.get("val", train.subset(np.arange(0)))
+        splits.setdefault("val", Split(train.images[left], train.labels[left]))
+        train = Split(train.images[kept], train.labels[kept])
+    val = splits.get("val", Split(train.images[:0], train.labels[:0]))
     return Dataset(name, train, val, splits["test"], class_counts(train.labels, k), names, str(source), crop)
 
 def check_arrays(source, arrays):
@@ -889,11 +878,8 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
     return read
 
 def shifts(text):
-    """The type of --test-shift, as "forward:50,uniform,backward:50": a list, read by `shifted`."""
-    for kind, _, ratio in (part.partition(":") for part in text.split(",")):
-        if kind not in ("forward", "uniform", "backward") or not 1 <= float(ratio or 1) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: take forward:50, uniform, backward:50, with ratios of at least 1")
-    return text.split(",")
+    """The type of --test-shift, as "forward:50,uniform,backward:50": the list that `shifted` reads."""
+    return [*shifted([0.0], [1], text.split(","))]
 
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
@@ -919,8 +905,7 @@ def draw_histogram(data, path):
     """Training images per class, most frequent first, coloured by group (needs matplotlib)."""
     from matplotlib.figure import Figure
     order, figure = np.argsort(-data.counts, kind="stable"), Figure((7, 3), layout="tight")
-    axes = figure.add_subplot(title=f"{data.name}: {len(data.train):,} images", ylabel="training images",
-                              xlabel="classes, most frequent first")
+    axes = figure.add_subplot(title=f"{data.name}: training images of each class, most frequent first")
     for group, colour in zip(GROUPS, ("tab:blue", "tab:orange", "tab:red")):
         at = np.flatnonzero(np.isin(order, data.groups[group]))
         axes.bar(at, data.counts[order[at]], width=1.0, color=colour, label=group)

@@ -32,7 +32,6 @@ from models import OWNER, add_owner_masks, keep_stage_rest, owned_layers, submod
 # "Implementation Details" say, on top of the dataset's (its rate there is a tenth in the later stages).
 LARGE = dict(arch="resnet50", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], rho=0.8, gamma=[0.5, 0.8], batch_size=256)
 RECIPES = {
-    "cifar100": dict(),
     "cifar100 imb 50": dict(gamma=[0.5, 0.6]),
     "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": LARGE,
@@ -155,7 +154,7 @@ def cpo(model, t, stage, data, args, run):
         optimizer.load_state_dict(here["optimizer"])
     sampler, steps = data.sampler(stage.probs, args.seed * 1000 + t), len(data.train) // data.batch_size
     schedule, warmup = ("cosine", args.warmup) if t == 1 else (args.schedule, 0)
-    print(f"\nstage {t}, {stage.name}: {epochs} epochs, rate {stage.lr:g} {schedule}; accuracy on the images drawn, val")
+    print(f"\nstage {t}, {stage.name}: {epochs} epochs, rate {stage.lr:g} {schedule}; accuracy as drawn, and val")
     for epoch in range(here.get("epoch", 0), epochs):
         began, key = clock(data.device), [args.seed, t, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -455,16 +454,17 @@ def show_report(report, args, run):
     run.show("importance_by_group", "Mean Taylor importance of a weight (Fig. 1b)", importances, GROUPS, ".1e")
     if curves:
         rows = {f"{name} classes": {f"{g:.0%}": acc for g, acc in curve} for name, curve in curves.items()}
-        run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, [f"{10 * g}%" for g in range(10)])
+        ratios = [f"{10 * g}%" for g in range(10)]
+        run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, ratios)
     names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment, the bar", "ce_fitted": "  + fitted"}
     rows = {names[key]: acc for key, acc in report["bar"].items()}
     rows |= {f"sub-model {t} alone": acc for t, acc in enumerate(test["alone"], 1)}
     rows |= {f"DO, {name}": acc for name, acc in test["aggregations"].items()}
     rows |= {"(diagnosis) oracle by true group": test["oracle_by_true_group"]}
     run.show("accuracy_by_group", "Mean over the clean image and its views", rows, (*GROUPS, "all", *args.test_shift))
-    print(f"(diagnosis) a sub-model is right for {test['at_least_one_right']:.1f} % of the images; instance weights took "
-          f"{test['weights_seconds']:.2f} s, the forward passes {test['forward_seconds']:.1f} s; weights of the product: "
-          f"{', '.join(f'{v:.2f}' for v in test['product'])}")
+    print(f"(diagnosis) a sub-model is right: {test['at_least_one_right']:.1f} %; instance weights: "
+          f"{test['weights_seconds']:.2f} s beside {test['forward_seconds']:.1f} s of forward passes; weights of the "
+          f"product: {', '.join(f'{v:.2f}' for v in test['product'])}")
 
 # ------------------------------------------------------------------------------------------------------- flags and main
 

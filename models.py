@@ -137,9 +137,8 @@ def keep_stage_rest(model, t):
     model.stage_rest[t] = {k: v for k, v in plain_state(model).items() if k not in owned}
 
 def submodel_state(model, t):
-    """Sub-model t as a state dict that loads, strict, into the unmodified network: weights of stages 1..t, zeros
-    elsewhere, with what keep_stage_rest kept of stage t (DO, "Instance-level Test-time Learning"). Tensors are copies.
-    Raises KeyError when stage t has not ended yet."""
+    """Sub-model t as a state dict that loads, strict, into the unmodified network: copies of the weights of stages
+    1..t, zeros elsewhere, and what keep_stage_rest kept of stage t. Raises KeyError before stage t has ended."""
     state = plain_state(model)
     for name, layer in owned_layers(model).items():
         owner = getattr(layer, OWNER)
@@ -232,8 +231,7 @@ def load_checkpoint(path):
 
 class RunFolder:
     """The folder --out of a run: last.pt to go on from, log.csv, result.json, model.pt. Process 0 writes. state: what
-    `save` got last when the run is resumed, else {}. report: a dict of the caller's own, kept with it. FREE: flags that
-    a resumed run may change.
+    `save` got last when the run is resumed, else {}. report: a dict of the caller's own, kept with it.
     Raises InputError for a folder that cannot be made, holds a run (without --resume) or another one's (with it)."""
     FREE = {"resume", "out", "export", "agg", "device", "data_root", "lists", "workers", "compile", "test_shift"}
 
@@ -266,7 +264,7 @@ class RunFolder:
             raise InputError(f"{last} is of a run on other data: its images per class differ; give another --out")
 
     def write(self, name, write):
-        """Call write(temporary path), then rename the file to `name`: a reader sees the old file or the new one, never a
+        """Call write(temporary path), then rename the file to `name`: a reader sees the old file or the new one, no
         half. Raises InputError when there is no room or no right to write; what was there is then as it was."""
         path, tmp = self.path / name, f"{self.path / name}.tmp"
         if RANK:
@@ -394,10 +392,7 @@ def faster_precision(model, data):
             loss.backward()
             ticks.append(clock(data.device))
         rates.append(len(x) / max(min(np.diff(ticks)[1:]), 1e-9))
-    choice = torch.tensor(rates, device=data.device)
-    if WORLD > 1:
-        dist.broadcast(choice, 0)
-    precision = ("fp32", "bf16")[int(choice.argmax())]
+    precision = ("fp32", "bf16")[int(all_sum(torch.tensor(rates, device=data.device) * (RANK == 0)).argmax())]
     print(f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and backward; takes {precision}")
     return precision
 
@@ -416,8 +411,7 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
-    """The rates of an epoch's steps, a list: a cosine from `peak` to 0 or constant, after a rise over `warmup`
-    epochs."""
+    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after `warmup` epochs of rise."""
     done = epoch + np.arange(steps) / steps
     shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs) if schedule == "cosine" else np.ones(steps)
     return (peak * shape * np.minimum(1, (done + 1 / steps) / warmup if warmup else 1)).tolist()
@@ -426,9 +420,8 @@ def stop_unless_finite(loss, model, where, flags="--lr"):
     """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
     values = [loss, *(v.float().sum() for v in model.state_dict().values() if v.is_floating_point())]
     if not torch.stack(values).isfinite().all():
-        if not RANK:
-            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: "
-                  f"lower {flags} and start again, or look at the data", file=sys.stderr)
+        print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: "
+              f"lower {flags} and start again, or look at the data", file=sys.stderr)
         sys.exit(3)
 
 def clock(device):
@@ -451,8 +444,7 @@ def script_parser(description, export):
     add("--mixup", type=number(least=0), help="alpha of mixup's Beta distribution; 0: none")
     add("--aug", choices=["strong", "basic", "none"], help="basic: crop and flip; strong: + RandAugment")
     add("--views", type=number(int, 2), default=2, help="random views of a test image beside the clean one")
-    add("--test-shift", type=shifts, default=[], metavar="KIND:RATIO,..", help="report test sets of other class "
-        "frequencies, too, as forward:50,backward:50 (the profile of training, the reverse)")
+    add("--test-shift", type=shifts, default=[], help="report test sets so skewed, too: forward:50,uniform,backward:50")
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of weights, draws, augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
