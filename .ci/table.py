@@ -15,38 +15,47 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("many", "medium", "few", "all")
+SHIFTS = ("forward:50", "forward:10", "all", "backward:10", "backward:50")
 DO, BASE = "do_cifar100_imb100_resnet20_100ep", "base_bsce_cifar100_imb100_resnet20_100ep"
-TABLES = {"cifar": [  # (label, name of the runs without seed, keys to the figures in result.json, the paper's)
-    ("cross-entropy, 50 epochs (DO's stage 1)", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
-    ("the same + logit adjustment", DO, "bar/ce_la", ""),
-    ("**balanced softmax, 100 epochs**: the fair bar", BASE, "results/test, mean of 3 views", "50.8"),
-    ("DO, equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
-    ("DO, instance weights (`--agg instance`, the paper's)", DO, "aggregations/instance", "67.5 / 47.8 / 44.6 / 53.8"),
-    ("**DO, product of its sub-models** (the default)", DO, "aggregations/product", ""),
-    ("(diagnosis) DO told each image's true group", DO, "test/oracle_by_true_group", "")]}
+TABLES = {  # {name: (columns, [(label, name of the runs without seed, keys to the figures in result.json, the paper's)])}
+    "cifar": (GROUPS, [
+        ("cross-entropy, 50 epochs (DO's stage 1)", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
+        ("the same + logit adjustment", DO, "bar/ce_la", ""),
+        ("**balanced softmax, 100 epochs**: the fair bar", BASE, "results/test, mean of 3 views", "50.8"),
+        ("DO, equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
+        ("DO, instance weights (`--agg instance`, the paper's)", DO, "aggregations/instance",
+         "67.5 / 47.8 / 44.6 / 53.8"),
+        ("**DO, product of its sub-models** (the default)", DO, "aggregations/product", ""),
+        ("(diagnosis) DO told each image's true group", DO, "test/oracle_by_true_group", "")]),
+    "shift": (SHIFTS, [
+        ("DO, equal weights", DO, "aggregations/mean", ""),
+        ("DO, instance weights (the paper's)", DO, "aggregations/instance", ""),
+        ("DO, product", DO, "aggregations/product", "")])}
 
-def figures(result, path):
-    """{"many", "medium", "few", "all"} in a result, found by keys with / between."""
+def figures(result, path, columns=GROUPS):
+    """The figures of `columns` in a result, found by keys with / between."""
     for key in path.split("/"):
         result = result[key]
-    return [result[g] for g in GROUPS]
+    return [result[c] for c in columns]
 
-def cells(rows, spread=True):
+def cells(rows):
     """Mean, and with several seeds the standard deviation, of each column; "-" for a group without classes."""
     out = []
     for values in zip(*rows):
-        deviation = f" ± {np.std(values, ddof=1):.1f}" if spread and len(rows) > 1 and None not in values else ""
+        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(rows) > 1 and None not in values else ""
         out.append("-" if None in values else f"{np.mean(values):.1f}{deviation}")
     return out
 
 def readme_table(name, folder=ROOT / ".ci" / "results"):
     """The lines of one of README's tables."""
-    lines = ["| | seeds | many | medium | few | all | the paper's |", "|---|---|---|---|---|---|---|"]
-    for label, run, path, paper in TABLES[name]:
+    columns, rows = TABLES[name]
+    papers = any(paper for *_, paper in rows)
+    lines = [f"| | seeds | {' | '.join(columns)} |" + " the paper's |" * papers, "|---" * (len(columns) + 2 + papers) + "|"]
+    for label, run, path, paper in rows:
         results = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{run}_seed*.json"))]
         if results:  # rows come as their runs do
-            row = " | ".join(cells([figures(r, path) for r in results]))
-            lines.append(f"| {label} | {len(results)} | {row} | {paper} |")
+            row = " | ".join(cells([figures(r, path, columns) for r in results]))
+            lines.append(f"| {label} | {len(results)} | {row} |" + f" {paper} |" * papers)
     return lines
 
 def rebuilt(text):
