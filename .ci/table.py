@@ -12,16 +12,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("many", "medium", "few", "all")
 SHIFTS = ("forward:50", "forward:10", "all", "backward:10", "backward:50")
 DO, BASE = "do_cifar100_imb100_resnet20_100ep", "base_bsce_cifar100_imb100_resnet20_100ep"
-TABLES = {  # {name: (columns, [(label, name of the runs without seed, keys to the figures in result.json, the paper's)])}
+FINE, MORE = (f"ft_{name}_bsce_cifar100_imb100_resnet20_4ep" for name in ("base", "more"))
+VIEWS = "results/test, mean of 3 views"
+TABLES = {  # name: (columns, [(label, name of the runs without seed, keys to the figures in result.json, the paper's)])
     "cifar": (GROUPS, [
         ("cross-entropy, 50 epochs (DO's stage 1)", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
         ("the same + logit adjustment", DO, "bar/ce_la", ""),
-        ("**balanced softmax, 100 epochs**: the fair bar", BASE, "results/test, mean of 3 views", "50.8"),
+        ("**balanced softmax, 100 epochs**: the fair bar", BASE, VIEWS, "50.8"),
         ("DO, equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
         ("DO, instance weights (`--agg instance`, the paper's)", DO, "aggregations/instance",
          "67.5 / 47.8 / 44.6 / 53.8"),
@@ -30,7 +33,12 @@ TABLES = {  # {name: (columns, [(label, name of the runs without seed, keys to t
     "shift": (SHIFTS, [
         ("DO, equal weights", DO, "aggregations/mean", ""),
         ("DO, instance weights (the paper's)", DO, "aggregations/instance", ""),
-        ("DO, product", DO, "aggregations/product", "")])}
+        ("DO, product", DO, "aggregations/product", "")]),
+    "more": (GROUPS, [  # two names: the second's figures less the first's, pair by pair, with a 95 % interval
+        ("fine-tuned with balanced softmax", FINE, VIEWS, ""),
+        ("fine-tuned with MORE on top", MORE, VIEWS, ""),
+        ("MORE less base, paired, 95 % interval", (FINE, MORE), VIEWS, ""),
+        ("W_g alone less the whole, one view", (MORE, MORE), ("results/test", "results/test, W_g alone"), "")])}
 
 def figures(result, path, columns=GROUPS):
     """The figures of `columns` in a result, found by keys with / between."""
@@ -46,16 +54,26 @@ def cells(rows):
         out.append("-" if None in values else f"{np.mean(values):.1f}{deviation}")
     return out
 
+def differences(before, after):
+    """Mean of the paired differences of each column, with the half width of Student's 95 % interval."""
+    gaps = np.array(after) - np.array(before)
+    half = student.ppf(0.975, len(gaps) - 1) * gaps.std(0, ddof=1) / len(gaps) ** 0.5
+    return [f"{mean:+.1f} ± {width:.1f}" for mean, width in zip(gaps.mean(0), half)]
+
 def readme_table(name, folder=ROOT / ".ci" / "results"):
     """The lines of one of README's tables."""
+    runs = lambda run: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{run}_seed*.json"))]
     columns, rows = TABLES[name]
     papers = any(paper for *_, paper in rows)
-    lines = [f"| | seeds | {' | '.join(columns)} |" + " the paper's |" * papers, "|---" * (len(columns) + 2 + papers) + "|"]
+    lines = [f"| | seeds | {' | '.join(columns)} |" + " the paper's |" * papers]
+    lines.append("|---" * (len(columns) + 2 + papers) + "|")
     for label, run, path, paper in rows:
-        results = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{run}_seed*.json"))]
-        if results:  # rows come as their runs do
-            row = " | ".join(cells([figures(r, path, columns) for r in results]))
-            lines.append(f"| {label} | {len(results)} | {row} |" + f" {paper} |" * papers)
+        both = [runs(r) for r in run] if isinstance(run, tuple) else [runs(run)]
+        paths = path if isinstance(path, tuple) else [path] * len(both)
+        found = [[figures(r, where, columns) for r in results] for results, where in zip(both, paths)]
+        if all(found):  # rows come as their runs do
+            row = " | ".join(differences(*found) if len(found) == 2 else cells(found[0]))
+            lines.append(f"| {label} | {len(found[0])} | {row} |" + f" {paper} |" * papers)
     return lines
 
 def rebuilt(text):
