@@ -369,16 +369,15 @@ def scored(logits, split, data, args):
     acc = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
     return acc | shifted(acc["per_class"], data.counts, args.test_shift) | {"ece": ece}
 
-def aggregate(probs, w, split, stages, data, args):
+def aggregate(probs, logp, w, split, stages, data, args):
     """The four mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K,
-    view 0 clean; w: of `product`. Every prediction is the mean over the clean image and its views; lambda is found from
-    the first two random views."""
-    T, began = len(probs), clock(data.device)
+    view 0 clean; logp: T x N x K, their mean logarithms; w: of `product`. Every prediction is the mean over the clean
+    image and its views; lambda is found from the first two random views."""
+    T, mean, began = len(probs), probs.mean(1), clock(data.device)
     lam = {"instance": instance_weights(probs[:, 1], probs[:, 2])}
     seconds = clock(data.device) - began
     lam["group"] = instance_weights(probs[:, 1], probs[:, 2], shared=True)
     lam["mean"] = torch.full((1, T), 1 / T, device=data.device)
-    mean, logp = probs.mean(1), torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
     mixed = {name: torch.einsum("tuk,ut->uk", mean, v.expand(len(split), -1)).log() for name, v in lam.items()}
     mixed["product"] = product(logp, w, data.counts)
     expert = np.zeros(data.num_classes, dtype=np.int64)  # the sub-model whose stage covers the class
@@ -419,7 +418,7 @@ def test_time(model, stages, data, args, run):
             labels = torch.from_numpy(split.labels).to(data.device)
             w, single["ce_fitted"] = (fit_product(some, labels, data.counts) for some in (logp[1:], logp[:1]))
         if len(split):
-            report[part] = aggregate(torch.stack(probs[part][1:]), w, split, stages, data, args)
+            report[part] = aggregate(torch.stack(probs[part][1:]), logp[1:], w, split, stages, data, args)
         bar = {name: product(logp[:1], torch.as_tensor(v).to(logp), data.counts) for name, v in single.items()}
     report["bar"] = {name: scored(v, split, data, args) for name, v in bar.items() if stages[0].name == "many"}
     report["test"]["forward_seconds"] = seconds
