@@ -17,7 +17,6 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +195,7 @@ def table(title, rows, columns, form=".1f"):
     """Lines of an aligned table, its head first. rows: {label: {column: number or None}}, "-" for None."""
     lines = {title: columns} | {label: ["-" if values[c] is None else format(values[c], form) for c in columns]
                                 for label, values in rows.items()}
-    return "\n".join(f"{label:42}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines.items())
+    return "\n".join(f"{label:46}" + "".join(f" {cell:>11}" for cell in cells) for label, cells in lines.items())
 
 def draw_bars(path, title, rows, columns):
     """The numbers of a `table` as bars, side by side for each column, in a PNG (needs matplotlib)."""
@@ -879,6 +878,8 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
 
 def shifts(text):
     """The type of --test-shift, as "forward:50,uniform,backward:50": the list that `shifted` reads."""
+    for part in text.split(","):
+        number(least=1)(part.partition(":")[2] or "1")
     return [*shifted([0.0], [1], text.split(","))]
 
 def add_data_arguments(parser):
@@ -922,12 +923,9 @@ def main():
     parser.add_argument("--workers", type=number(int, 0), default=WORKERS, help="decoders for --pack")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")
     args = parser.parse_args()
-    for flag, path in (("--pack", args.pack), ("--figure", args.figure)):
-        whole_folder = flag == "--pack" and path and not path.endswith(".npz")  # which pack makes
-        if path and not whole_folder and not Path(path).parent.is_dir():
+    for flag, path in (("--pack", args.pack), ("--figure", args.figure)):  # pack makes a folder, not a file's
+        if path and path.endswith((".npz", ".png")) and not Path(path).parent.is_dir():
             raise InputError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
-    if args.figure and not find_spec("matplotlib"):
-        raise InputError("--figure needs matplotlib: pip install matplotlib")
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     describe(data, args.split_seed)
     parts = {part: class_counts(getattr(data, part).labels, data.num_classes) for part in ("train", "val", "test")}
@@ -937,7 +935,9 @@ def main():
     for part in np.array_split(np.sort(data.counts)[::-1], min(20, len(data.counts))):  # the histogram as text
         print(f"{part.mean():8.0f} {'#' * max(1, round(60 * part.mean() / data.counts.max()))}")
     if args.figure:
-        draw_histogram(data, args.figure)
+        with reading("--figure", "it needs matplotlib: pip install matplotlib"):
+            draw_histogram(data, args.figure)
+        print(f"figure: {args.figure}")
     if args.pack:
         pack(data, args.pack, args.size or 256, args.workers, args.lossless)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")

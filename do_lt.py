@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.optim.swa_utils import update_bn
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, crop_flip, describe, expected_calibration_error, group_accuracy,
-                     group_means, load_dataset, mixup, normalize, number, shifted)
+                     group_means, load_dataset, mixup, normalize, number, reading, shifted)
 from models import (all_sum, autocast, build_model, clock, distribute, fill_in, learning_rates, plain_state, ready,
                     run_script, script_parser, start, stop_unless_finite)
 from models import OWNER, add_owner_masks, keep_stage_rest, owned_layers, submodel_state, weight_layers
@@ -161,7 +161,7 @@ def cpo(model, t, stage, data, args, run):
         rates = learning_rates(stage.lr, epoch, epochs, steps, schedule, warmup)
         batches, rng = data.batches(sampler.set_epoch(epoch).indices(), key), np.random.default_rng([*key, RANK])
         sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
-        stop_unless_finite(sums.sum(), model, f"stage {t}, epoch {epoch + 1}")
+        stop_unless_finite(sums[2, 0], model, f"stage {t}, epoch {epoch + 1}")
         drawn, correct, loss = sums.cpu().double().numpy()
         acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), data.groups)
         seconds, n, val = clock(data.device) - began, steps * data.batch_size, None
@@ -251,7 +251,7 @@ def prune_gradually(model, alive, before, ratio, t, stage, picks, data, args):
         batches = data.batches(picks.reshape(dt, -1)[step - 1], [*key, step])
         rates, rng = all_rates[(step - 1) * args.tpd_iters:], np.random.default_rng([*key, step, RANK])
         sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
-        stop_unless_finite(sums[2].sum(), model, f"pruning after stage {t}")
+        stop_unless_finite(sums[2, 0], model, f"pruning after stage {t}")
     with autocast(data.device, args.precision), torch.no_grad():
         update_bn(data.batches(picks[:40 * data.batch_size // WORLD], [*key, 0]), model)
 
@@ -396,11 +396,15 @@ def aggregate(probs, logp, w, split, stages, data, args):
 def test_time(model, stages, data, args, run):
     """Stage 1's network before TPD and the sub-models on the validation and the test images, then mixed. The weights of
     the products are fitted on the validation split (without one: a plain mean of logits). report["bar"], what DO has to
-    beat: cross-entropy, with its prior taken off (Menon et al., ICLR 2021: tau 1), and a product of this one expert.
-    Adds to run.report; returns the sub-models' plain state dicts."""
-    T, report, probs, seconds = len(stages), run.report, {"val": [], "test": []}, 0.0
+    beat, if stage 1 is the many: cross-entropy, its prior taken off (Menon et al., ICLR 2021: tau 1), and a product of
+    this one expert. Adds to run.report; returns the sub-models' plain state dicts."""
+    T, report, seconds = len(stages), run.report, 0.0
+    with reading(run.path / "stage1.pt", "copy it from where the run was begun"):
+        first = torch.load(run.path / "stage1.pt", map_location="cpu", weights_only=True)
+    probs = {part: torch.empty(T + 1, 1 + args.views, len(split), data.num_classes, device=data.device)
+             for part, split in (("val", data.val), ("test", data.test))}
     states, single = [submodel_state(model, t) for t in range(1, T + 1)], {"ce": [1, 0, 0], "ce_la": [1, -1, 0]}
-    for t, state in enumerate([torch.load(run.path / "stage1.pt", weights_only=True), *states]):
+    for t, state in enumerate([first, *states]):
         network = build_model(args.arch, data.num_classes).to(data.device, memory_format=torch.channels_last)
         network.load_state_dict(state)
         name = f"sub-model {t}" if t else "stage 1 before TPD"
@@ -409,7 +413,7 @@ def test_time(model, stages, data, args, run):
             network = fuse(network.eval())
         for part in probs:
             began = clock(data.device)
-            probs[part].append(predict(network, getattr(data, part).images, data, args, args.views).softmax(2))
+            probs[part][t] = predict(network, getattr(data, part).images, data, args, args.views).softmax(2)
             seconds += (clock(data.device) - began) * (t > 0 and part == "test")
     w = torch.tensor([1 / T] * T + [0.0, 0.0], device=data.device)
     for part, split in (("val", data.val), ("test", data.test)):
@@ -418,7 +422,7 @@ def test_time(model, stages, data, args, run):
             labels = torch.from_numpy(split.labels).to(data.device)
             w, single["ce_fitted"] = (fit_product(some, labels, data.counts) for some in (logp[1:], logp[:1]))
         if len(split):
-            report[part] = aggregate(torch.stack(probs[part][1:]), logp[1:], w, split, stages, data, args)
+            report[part] = aggregate(probs[part][1:], logp[1:], w, split, stages, data, args)
         bar = {name: product(logp[:1], torch.as_tensor(v).to(logp), data.counts) for name, v in single.items()}
     report["bar"] = {name: scored(v, split, data, args) for name, v in bar.items() if stages[0].name == "many"}
     report["test"]["forward_seconds"] = seconds
@@ -440,7 +444,8 @@ def record(model, label, data, args, run):
     entry = {name: scored(predict(model, split.images, data, args)[0], split, data, args)
              for name, split in (("acc", data.test), ("val", data.val))}
     run.report["submodels"][label] = entry
-    print(f"{label}, test: " + ", ".join(f"{g} {entry['acc'][g]:.1f}" for g in (*GROUPS, "all") if entry["acc"][g]))
+    print(f"{label}, test: " + ", ".join(f"{g} {entry['acc'][g]:.1f}" for g in (*GROUPS, "all")
+                                         if entry["acc"][g] is not None), flush=True)
 
 def show_report(report, args, run):
     """The tables and figures of the paper, from this run."""

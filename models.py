@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -309,26 +308,26 @@ class RunFolder:
     def show(self, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
         """Print rows {label: {column: number or None}} as a table; as bars they become NAME.png."""
         print("\n" + table(title, rows, columns, form))
-        if find_spec("matplotlib"):
+        try:
             self.write(f"{name}.png", lambda tmp: draw_bars(tmp, title, rows, columns))
+        except ImportError:
+            print(f"no {name}.png: pip install matplotlib")
 
     def finish(self, result, chosen, data, saved, exports):
         """result.json: `result`, the figures `chosen` and what every run's has. Files of torch.save: `saved` {name:
         dict}, with what prediction needs of the data, and `exports` as they are. Returns the result."""
-        args, report = self.args, self.report
-        gpu, seconds = torch.cuda.is_available() and args.device != "cpu", report["train_seconds"]
-        common = ("dataset", "imb", "arch", "seed", "split_seed", "epochs", "precision")
+        args, report, seconds = self.args, self.report, self.report["train_seconds"]
+        common = "dataset imb arch seed split_seed epochs precision".split()
         result |= {"acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
                    "ece": chosen["ece"], **{key: getattr(args, key) for key in common}, "args": vars(args),
                    "images_per_second": report["images"] / max(seconds, 1e-9), "train_seconds": seconds,
-                   "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+                   "device": torch.cuda.get_device_name() if data.cuda else f"cpu, {torch.get_num_threads()} threads",
                    "torch": torch.__version__, "git": self.commit}
         known = {"arch": args.arch, "class_names": data.class_names, "mean": data.mean.cpu(), "std": data.std.cpu()}
         for name, value in ({k: known | v for k, v in saved.items()} | exports).items():
             self.write(name, lambda tmp: torch.save(value, tmp))
         self.write("result.json", lambda tmp: Path(tmp).write_text(json.dumps(result, indent=1)))
-        print("\n" + "no figures: pip install matplotlib\n" * (not find_spec("matplotlib")), end="")
-        print(f"result: {self.path / 'result.json'}")
+        print(f"\nresult: {self.path / 'result.json'}")
         return result
 
 # ---------------------------------------------------------------------------------------------------------- the machine
@@ -420,8 +419,9 @@ def stop_unless_finite(loss, model, where, flags="--lr"):
     """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
     values = [loss, *(v.float().sum() for v in model.state_dict().values() if v.is_floating_point())]
     if not torch.stack(values).isfinite().all():
-        print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: "
-              f"lower {flags} and start again, or look at the data", file=sys.stderr)
+        if not RANK:
+            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last checkpoint is kept: "
+                  f"lower {flags} and start again, or look at the data", file=sys.stderr)
         sys.exit(3)
 
 def clock(device):

@@ -262,7 +262,7 @@ def fit(model, data, args, run):
         weights = [sinusoidal_weight(s, total, peak) if args.schedule == "sin" else peak for s in at]
         plan = zip(rates, weights, [s >= 0.8 * total for s in at])  # LDAM-DRW: re-weighting in the last fifth
         sums = train(network, optimizer, batches, plan, losses, data, args, rng)
-        stop_unless_finite(sums.sum(), model, f"epoch {epoch + 1}", "--lr or --amplitude")
+        stop_unless_finite(sums[3:, 0].sum(), model, f"epoch {epoch + 1}", "--lr or --amplitude")
         drawn, correct, apart, loss, extra = sums.cpu().double().numpy()
         acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), data.groups)
         gaps, share = group_means(apart / np.where(drawn > 0, drawn, np.nan), data.groups), low_rank_share(model)
@@ -362,7 +362,7 @@ def test_time(model, data, args, run):
 def show_report(report, args, run):
     """The tables and figures of this run."""
     rows = {label: acc for label, acc in report["results"].items() if acc["all"] is not None}
-    columns = (*GROUPS, "all", *(c for c in ("of1", "cf1") if c in rows["test"]), *args.test_shift)
+    columns = (*GROUPS, "all", *(("of1", "cf1") if "of1" in rows["test"] else ("ece",)), *args.test_shift)
     run.show("accuracy_by_group", "mAP, %" if "of1" in rows["test"] else "Top-1, %", rows, columns)
     if report["merged_max_abs_diff"] is not None:
         ends = {f"epoch {row['epoch']}": {g: row[f"D {g}"] for g in GROUPS}

@@ -812,7 +812,7 @@ T --arch vit_b_16 | --arch vit_b_16 cannot take images of 8 pixels
 T --weights D/junk/last.pt | junk/last.pt: damaged or of another kind
 T --weights R/submodel1.pt --arch resnet32 | weights of the same --arch
 T --lr nan | --lr: nan: must be above 0
-T --test-shift sideways:3 | --test-shift: invalid shifts value
+T --test-shift forward:0 | --test-shift: 0: must be at least 1
 T --device cuda:63 | --device cuda:63: not to be had
 T --device cpu --precision fp32 --out D/cut.npz | cannot be made a folder
 T --out D/junk --resume | cannot be read""", """S --loss ce | has several labels an image

@@ -61,15 +61,17 @@ def differences(before, after):
 
 def readme_table(name, folder=ROOT / ".ci" / "results"):
     """The lines of one of README's tables."""
-    runs = lambda run: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{run}_seed*.json"))]
+    runs = lambda run: {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob(f"{run}_seed*.json"))}
     columns, rows = TABLES[name]
     papers = any(paper for *_, paper in rows)
     lines = [f"| | seeds | {' | '.join(columns)} |" + " the paper's |" * papers]
     lines.append("|---" * (len(columns) + 2 + papers) + "|")
     for label, run, path, paper in rows:
         both = [runs(r) for r in run] if isinstance(run, tuple) else [runs(run)]
+        if len({tuple(name.split("_seed")[1] for name in results) for results in both}) > 1:
+            sys.exit(f"error: {' and '.join(run)} have other seeds; pairs need the same")
         paths = path if isinstance(path, tuple) else [path] * len(both)
-        found = [[figures(r, where, columns) for r in results] for results, where in zip(both, paths)]
+        found = [[figures(r, where, columns) for r in results.values()] for results, where in zip(both, paths)]
         if all(found):  # rows come as their runs do
             row = " | ".join(differences(*found) if len(found) == 2 else cells(found[0]))
             lines.append(f"| {label} | {len(found[0])} | {row} |" + f" {paper} |" * papers)
