@@ -35,8 +35,7 @@ TABLES = {  # name: (columns, [(label, name of the runs without seed, keys to th
         ("DO, instance weights (the paper's)", DO, "aggregations/instance", ""),
         ("DO, product", DO, "aggregations/product", "")]),
     "more": (GROUPS, [  # two names: the second's figures less the first's, pair by pair, with a 95 % interval
-        ("balanced softmax, fine-tuned", FINE, VIEWS, ""),
-        ("MORE less that, paired, 95 % interval", (FINE, MORE), VIEWS, ""),
+        ("MORE less balanced softmax, 95 % interval", (FINE, MORE), VIEWS, ""),
         ("W_g alone less the whole, one view", (MORE, MORE), ("results/test", "results/test, W_g alone"), "")])}
 
 def figures(result, path, columns=GROUPS):
