@@ -923,8 +923,8 @@ def main():
     parser.add_argument("--workers", type=number(int, 0), default=WORKERS, help="decoders for --pack")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")
     args = parser.parse_args()
-    for flag, path in (("--pack", args.pack), ("--figure", args.figure)):  # pack makes a folder, not a file's
-        if path and path.endswith((".npz", ".png")) and not Path(path).parent.is_dir():
+    for flag, path in (("--pack", args.pack), ("--figure", args.figure)):  # a folder to pack into is made
+        if path and (flag == "--figure" or path.endswith(".npz")) and not Path(path).parent.is_dir():
             raise InputError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
     describe(data, args.split_seed)
