@@ -552,7 +552,7 @@ def reading(path, remedy="copy or download it again"):
         raise InputError(f"{error.filename or path}: no such file; {remedy}") from None
     except Exception as error:  # a cut or garbled file fails in a dozen ways
         why = str(error).strip().split("\n")[0][:100]
-        raise InputError(f"{path}: damaged or of another kind ({type(error).__name__}: {why}); {remedy}") from None
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {why}); {remedy}") from None
 
 def read_npz(path):
     """The arrays of an .npz as a dict. Raises InputError when it is missing, damaged or lacks a key."""

@@ -791,7 +791,7 @@ def test_photographs_are_decoded_alike_by_any_number_of_processes(workers, tmp_p
               f"batches = files.batches(np.arange(6), 1, {workers}); next(batches); sys.exit(4)"
         assert subprocess.run([sys.executable, "-c", cut], cwd=HERE, timeout=60).returncode == 4
     (tmp_path / "3.png").write_bytes(b"no photograph")
-    with pytest.raises(InputError, match=r"^[^\n]*3.png: damaged or of another kind [^\n]*; replace or remove it$"):
+    with pytest.raises(InputError, match=r"^[^\n]*3.png: cannot be read [^\n]*; replace or remove it$"):
         list(data.test_batches(files))
     assert not multiprocessing.active_children()
 
@@ -801,7 +801,7 @@ def test_photographs_are_decoded_alike_by_any_number_of_processes(workers, tmp_p
 BAD = ["""--dataset cifar1000 | --dataset cifar1000: unknown
 --dataset places_lt --data-root D/lists | images are not there, the first:
 --dataset inat18 --data-root D/lists | holds label -1
---dataset D/cut.npz | cut.npz: damaged or of another kind
+--dataset D/cut.npz | cut.npz: cannot be read
 --dataset D/empty | needs train/CLASS
 --dataset cifar10 --data-root D | put cifar-10-python.tar.gz (unpacked, or cifar10.npz) into it by hand
 --dataset synth --imb 0.5 | --imb 0.5
@@ -809,7 +809,7 @@ T --imb 1e6 | without a training image
 T --size -5 | --size -5
 T --arch googlenet | --arch googlenet: unknown
 T --arch vit_b_16 | --arch vit_b_16 cannot take images of 8 pixels
-T --weights D/junk/last.pt | junk/last.pt: damaged or of another kind
+T --weights D/junk/last.pt | junk/last.pt: cannot be read
 T --weights R/submodel1.pt --arch resnet32 | weights of the same --arch
 T --lr nan | --lr: nan: must be above 0
 T --test-shift forward:0 | --test-shift: 0: must be at least 1

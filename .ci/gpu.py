@@ -2,6 +2,7 @@
 """The first hour of a machine with CUDA, most valuable first, each part's result written as it ends.
 
     make gpu GPU="--data cifar100.npz"     about nine minutes; that split: data_lt.py --pack cifar100.npz --lossless
+    make gpu GPU="--data cifar100.npz --only cross,MORE,paper"     the parts that nine minutes do not reach
     python .ci/gpu.py --rehearse           the same commands on the CPU at tiny sizes, but for what only CUDA can show
 
 OUT/gpu.json holds the parts, {name: {"ok", "seconds", ..}}; OUT/NAME.json are result.json files, ready for .ci/results.
@@ -130,12 +131,17 @@ def main(argv=None):
             part("bench, ResNet-32", lambda: benched("resnet32", "--steps", "64", "--compile", "1"))
             large = "--arch resnet50 --size 224 --batch-size 256".split()
             part("bench, ResNet-50", lambda: benched("resnet50", *large))
-            part("MORE, seed 0", lambda: training(f"more_bsce_{name}", *more))
             part("--compile off and on", compiled)
             part("--resume after a kill", resumed)
             part("one process through torchrun", lambda: call(
                 "more_lt.py", *synth, "--no-more", "--epochs", "1", "--out", out / f"torchrun{int(began)}",
                 launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")))
+    for seed in (0,) if args.rehearse else (0, 1, 2):
+        name, more = f"cifar100_imb100_seed{seed}", ["more_lt.py", "--seed", seed, *once]
+        part(f"cross-entropy, seed {seed}", lambda: training(f"base_ce_{name}", *more, "--no-more"))
+        part(f"MORE, seed {seed}", lambda: training(f"more_bsce_{name}", *more, "--loss", "bsce"))
+    paper = ["do_lt.py", "--recipe", "paper", *short]
+    part("DO, the paper's recipe", lambda: training("do_paper_cifar100_imb100_seed0", *paper))
     found = {"ResNet-32, images/s": parts.get("bench, ResNet-32", {}).get("loop"),
              "ResNet-50 at 224 px, images/s": parts.get("bench, ResNet-50", {}).get("bare"),
              "DO's whole recipe, s": parts.get("DO, seed 0", {}).get("seconds")}
