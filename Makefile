@@ -1,6 +1,6 @@
 # Two commands for a first look: `make demo` and `make test`. Both set up .venv from requirements.txt.
 #   make bench                     images/s and ratios here, beside their goals (BENCH="--arch resnet50 --size 224")
-#   make gpu                       all that needs CUDA, in nine minutes
+#   make gpu                       what needs CUDA, most valuable first, for nine minutes; the rest: see .ci/gpu.py
 #   make reproduce-cifar DATA=...  DO, MORE, its baselines, a table; also -imagenet -places -inat, without DO -voc -coco
 #   make table                     README's tables again, from .ci/results
 # DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: for every run.

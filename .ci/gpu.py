@@ -52,8 +52,9 @@ def main(argv=None):
     if not args.rehearse and not torch.cuda.is_available():
         print("error: no CUDA device here: run it on a machine with one, or --rehearse it on the CPU", file=sys.stderr)
         sys.exit(2)
-    device, out, began, parts = "cpu" if args.rehearse else "cuda", Path(args.out), time.time(), {}
+    device, out, began = "cpu" if args.rehearse else "cuda", Path(args.out), time.time()
     out.mkdir(parents=True, exist_ok=True)
+    parts = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}  # of a call before
     synth = ["--dataset", "synth", "--device", device, "--workers", "0"]
     data = ["--dataset", args.data, "--data-root", args.data_root, "--device", device, "--resume"]
     short, once = [], []
