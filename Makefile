@@ -28,7 +28,7 @@ export MALLOC_TOP_PAD_ = 268435456
 	$(V) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-demo: .venv/ready  ## both methods on made-up images, two to three minutes
+demo: .venv/ready  ## both methods on made-up images, two to four minutes
 	rm -rf runs/demo_do runs/demo_more
 	$(V) do_lt.py --dataset synth --export --out runs/demo_do
 	$(V) more_lt.py --dataset synth --loss bsce --out runs/demo_more
