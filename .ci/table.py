@@ -63,9 +63,9 @@ def differences(before, after):
     none."""
     gaps = np.array(after) - np.array(before)
     if len(gaps) == 1:
-        return [f"{gap:+.1f}" for gap in gaps[0]]
+        return [f"{gap:+z.1f}" for gap in gaps[0]]
     half = student.ppf(0.975, len(gaps) - 1) * gaps.std(0, ddof=1) / len(gaps) ** 0.5
-    return [f"{mean:+.1f} ± {width:.1f}" for mean, width in zip(gaps.mean(0), half)]
+    return [f"{mean:+z.1f} ± {width:.1f}" for mean, width in zip(gaps.mean(0), half)]
 
 def readme_table(name, folder=ROOT / ".ci" / "results"):
     """The lines of one of README's tables."""
