@@ -200,12 +200,12 @@ def table(title, rows, columns, form=".1f"):
 def draw_bars(path, title, rows, columns):
     """The numbers of a `table` as bars, side by side for each column, in a PNG (needs matplotlib)."""
     from matplotlib.figure import Figure
-    figure, x, width = Figure((7, 3.2), layout="tight"), np.arange(len(columns)), 0.8 / len(rows)
-    axes = figure.add_subplot(title=title, xticks=x, xticklabels=columns)
+    x, width, size = np.arange(len(columns)), 0.8 / len(rows), (3 + 1.1 * len(columns), 3.2)
+    axes = Figure(size, layout="constrained").add_subplot(title=title, xticks=x + 0.4 - width / 2, xticklabels=columns)
     for i, (label, values) in enumerate(rows.items()):
-        axes.bar(x + width * (i + 0.5) - 0.4, np.array([values[c] for c in columns], float), width, label=label)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
+        axes.bar(x + width * i, np.array([values[c] for c in columns], float), width, label=label, hatch="/"[:i // 10])
+    axes.figure.legend(loc="outside right upper", fontsize=7)
+    axes.figure.savefig(path, dpi=120, format="png")
 
 # -------------------------------------------------------------------------------------- augmentation, a batch at a time
 

@@ -460,7 +460,7 @@ def show_report(report, args, run):
         rows = {f"{name} classes": {f"{g:.0%}": acc for g, acc in curve} for name, curve in curves.items()}
         ratios = [f"{10 * g}%" for g in range(10)]
         run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, ratios)
-    names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment, the bar", "ce_fitted": "  + fitted"}
+    names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment", "ce_fitted": "  + fitted"}
     rows = {names[key]: acc for key, acc in report["bar"].items()}
     rows |= {f"sub-model {t} alone": acc for t, acc in enumerate(test["alone"], 1)}
     rows |= {f"DO, {name}": acc for name, acc in test["aggregations"].items()}
