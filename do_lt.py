@@ -32,7 +32,9 @@ from models import OWNER, add_owner_masks, keep_stage_rest, owned_layers, submod
 # "Implementation Details" say, on top of the dataset's (its rate there is a tenth in the later stages).
 LARGE = dict(arch="resnet50", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], rho=0.8, gamma=[0.5, 0.8], batch_size=256)
 RECIPES = {
-    "cifar100 imb 50": dict(gamma=[0.5, 0.6]),
+    "cifar10": dict(mixup=0.4),
+    "cifar100": dict(mixup=0.4),
+    "cifar100 imb 50": dict(gamma=[0.5, 0.6], mixup=0.4),
     "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": LARGE,
     "places_lt": LARGE | dict(arch="resnet152", pretrained=1),

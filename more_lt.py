@@ -32,6 +32,8 @@ CLIP_STATS = torch.tensor([122.7709, 116.7460, 104.0937]), torch.tensor([68.5005
 LARGE = dict(arch="resnet50", batch_size=256)
 SEVERAL = dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, pretrained=1, warmup=0)
 RECIPES = {
+    "cifar10": dict(mixup=0.4),
+    "cifar100": dict(mixup=0.4),
     "synth": dict(arch="resnet20", epochs=24, lr=0.05, batch_size=32, aug="basic", warmup=1),
     "imagenet_lt": LARGE,
     "places_lt": LARGE | dict(arch="resnet152", pretrained=1),

@@ -17,9 +17,9 @@ from scipy.stats import t as student
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("many", "medium", "few", "all")
 SHIFTS = ("forward:50", "forward:10", "all", "backward:10", "backward:50")
-DO, BASE = "do_cifar100_imb100_resnet32_200ep", "base_bsce_cifar100_imb100_resnet32_200ep"
-DO_MIX, BASE_MIX = DO + "_mixup", BASE + "_mixup"
-SMALL, SMALL_BASE = (name.replace("resnet32_200", "resnet20_100") for name in (DO, BASE))
+DO, BASE = "do_cifar100_imb100_resnet32_200ep_mixup", "base_bsce_cifar100_imb100_resnet32_200ep_mixup"
+PLAIN, PLAIN_BASE = (name.replace("_mixup", "") for name in (DO, BASE))
+SMALL, SMALL_BASE = (name.replace("resnet32_200", "resnet20_100") for name in (PLAIN, PLAIN_BASE))
 SHORT, SCRATCH = (f"{name}_bsce_cifar100_imb100_resnet20_50ep" for name in ("base", "more"))
 FINE, MORE = (f"ft_{name}_bsce_cifar100_imb100_resnet20_4ep" for name in ("base", "more"))
 VIEWS = "results/test, mean of 3 views"
@@ -33,10 +33,10 @@ TABLES = {  # name: (columns, [(label, name of the runs without seed, keys to th
          "67.5 / 47.8 / 44.6 / 53.8"),
         ("**DO, product of its sub-models** (the default)", DO, "aggregations/product", ""),
         ("(diagnosis) DO told each image's true group", DO, "test/oracle_by_true_group", ""),
-        ("balanced softmax with `--mixup 0.4`", BASE_MIX, VIEWS, ""),
-        ("DO with `--mixup 0.4`", DO_MIX, "aggregations/product", ""),
-        ("ResNet-20, 100 epochs: balanced softmax", SMALL_BASE, VIEWS, ""),
-        ("ResNet-20, 100 epochs: DO", SMALL, "aggregations/product", "")]),
+        ("without mixup: balanced softmax", PLAIN_BASE, VIEWS, ""),
+        ("without mixup: DO", PLAIN, "aggregations/product", ""),
+        ("without, ResNet-20, 100 epochs: balanced softmax", SMALL_BASE, VIEWS, ""),
+        ("without, ResNet-20, 100 epochs: DO", SMALL, "aggregations/product", "")]),
     "shift": (SHIFTS, [
         ("DO, equal weights", DO, "aggregations/mean", ""),
         ("DO, instance weights (the paper's)", DO, "aggregations/instance", ""),
