@@ -65,8 +65,8 @@ def several(tmp_path_factory):
 
 def do_flags(dataset, out, *more):
     return (f"--dataset {dataset} --out {out} --arch resnet20 --epochs 2,2,2 --lr 0.02 --batch-size 56 "
-            "--precision fp32 --device cpu --gamma 0.5,0.8 --tpd-iters 1 --tpd-steps 3 --warmup 0 --importance-images 4 "
-            "--mixup 0").split() + [*more]
+            "--precision fp32 --device cpu --gamma 0.5,0.8 --tpd-iters 1 --tpd-steps 3 --warmup 0 --mixup 0 "
+            "--importance-images 4").split() + [*more]
 
 def more_flags(dataset, out, *more):
     return (f"--dataset {dataset} --out {out} --arch resnet20 --epochs 3 --lr 0.05 --batch-size 56 --precision fp32 "
