@@ -863,16 +863,16 @@ def argument_parser(description):
     parser.error = error
     return parser
 
-def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf):
-    """A flag's type: a finite number with least <= n <= most and above < n < below, or several with commas between,
-    which make a list."""
+def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf, several=False):
+    """A flag's type: a finite number with least <= n <= most and above < n < below; several: or more, with commas
+    between, which make a list."""
     def read(text):
-        values = [kind(part) for part in text.split(",")]
+        values = [kind(part) for part in (text.split(",") if several else [text])]
         if not all(least <= v <= most and above < v < below and math.isfinite(v) for v in values):
             limits = dict(zip(("at least", "above", "at most", "below"), (least, above, most, below)))
             said = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
             raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(said) or 'finite'}")
-        return values if "," in text else values[0]
+        return values if len(values) > 1 else values[0]
     read.__name__ = kind.__name__  # for "invalid float value"
     return read
 

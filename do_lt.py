@@ -477,17 +477,17 @@ def show_report(report, args, run):
 def parse_args(argv=None):
     """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
     parser = script_parser("Decoupled Optimisation (DO) for long-tailed recognition", "write the sub-models")
-    share = number(float, above=0, below=1)
+    share, shares = number(above=0, below=1), number(above=0, below=1, several=True)
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=["default", "paper"], default="default", help="paper: every value as published")
-    add("--epochs", type=number(int, 0), help="one number a stage, as 100,50,50; 0: --weights names its stage1.pt")
-    add("--lr", type=number(above=0), help="peak rate, one number a stage, as 0.1,0.05,0.05")
+    add("--epochs", type=number(int, 0, several=True), help="one a stage: 100,50,50; 0: --weights names its stage1.pt")
+    add("--lr", type=number(above=0, several=True), help="peak rate, one a stage, as 0.1,0.05,0.05")
     add("--schedule", choices=["cosine", "constant"], help="of the rate after stage 1, whose is a cosine to 0")
     add = parser.add_argument_group("method").add_argument
     add("--order", default="many,medium,few", help="stages: also many,few or many,medium-top,medium-low,few")
     add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
-    add("--gamma", type=lambda text: text if text == "auto" else share(text), help="share pruned after each stage but "
-        "the last, as 0.5,0.8; or auto")
+    add("--gamma", type=lambda text: text if text == "auto" else shares(text), help="share pruned after each stage "
+        "but the last, as 0.5,0.8; or auto")
     add("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage")
     add("--loss", choices=["compensation", "ce"], default="compensation", help="ce: no margin in any stage (Table 8)")
     add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="what ranks the weights")

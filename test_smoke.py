@@ -812,6 +812,7 @@ T --arch vit_b_16 | --arch vit_b_16 cannot take images of 8 pixels
 T --weights D/junk/last.pt | junk/last.pt: cannot be read
 T --weights R/submodel1.pt --arch resnet32 | weights of the same --arch
 T --lr nan | --lr: nan: must be above 0
+T --batch-size 64,32 | --batch-size: invalid int value: '64,32'
 T --test-shift forward:0 | --test-shift: 0: must be at least 1
 T --device cuda:63 | --device cuda:63: not to be had
 T --device cpu --precision fp32 --out D/cut.npz | cannot be made a folder
@@ -831,8 +832,7 @@ O --out R | holds a run
 O --out R --resume --rho 0.6 | --rho was 0.7, now 0.6"""]
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny, several, do_run, tmp_path, monkeypatch):
-    """SPEC's table of bad input, through both scripts where both know the flag, and faulty .npz files; without network
-    and open_clip."""
+    """SPEC's table of bad input, through both scripts where both know the flag, and faulty files; offline."""
     monkeypatch.setitem(sys.modules, "open_clip", None)
     monkeypatch.setattr(data_lt.datasets.cifar, "download_and_extract_archive", lambda *a, **k: 1 / 0)
     good, files = dict(np.load(tiny)), {}
