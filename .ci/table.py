@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tables of runs from their result.json files, mean and spread over seeds.
 
-    make table                                    README's tables again, from .ci/results/*.json alone
+    make table                                    README's tables and figure again, from .ci/results/*.json alone
     python .ci/table.py runs/*/result.json        a table of any runs; names that differ in the seed alone are one row
 
 README's tables stand between two marker comments, `<!-- table: NAME -->` and `<!-- end -->`; TABLES: what is in them.
@@ -70,10 +70,13 @@ def differences(before, after):
     half = student.ppf(0.975, len(gaps) - 1) * gaps.std(0, ddof=1) / len(gaps) ** 0.5
     return [f"{mean:+z.1f} ± {width:.1f}" for mean, width in zip(gaps.mean(0), half)]
 
-def readme_table(name, folder=ROOT / ".ci" / "results"):
+def runs(name, folder=ROOT / ".ci" / "results"):
+    """{seed: result} of the runs that were kept under a name."""
+    return {file.stem.split("_seed")[1]: json.loads(file.read_text())
+            for file in sorted(folder.glob(f"{name}_seed*.json"))}
+
+def readme_table(name):
     """The lines of one of README's tables."""
-    runs = lambda run: {file.stem.split("_seed")[1]: json.loads(file.read_text())
-                        for file in sorted(folder.glob(f"{run}_seed*.json"))}
     columns, rows = TABLES[name]
     papers = any(paper for *_, paper in rows)
     lines = [f"| | seeds | {' | '.join(columns)} |" + " the paper's |" * papers]
@@ -87,6 +90,15 @@ def readme_table(name, folder=ROOT / ".ci" / "results"):
             row = " | ".join(differences(*found) if len(found) == 2 else cells(found[0]))
             lines.append(f"| {label} | {len(found[0])} | {row} |" + f" {paper} |" * papers)
     return lines
+
+def draw(path, count=7):
+    """The first rows of README's first table as bars, means over the seeds (needs matplotlib)."""
+    sys.path.insert(0, str(ROOT))
+    from data_lt import draw_bars
+    columns, rows = TABLES["cifar"]
+    means = {re.sub("[*`]", "", label): dict(zip(columns, np.mean([figures(r, keys) for r in runs(run).values()], 0)))
+             for label, run, keys, _ in rows[:count]}
+    draw_bars(path, "CIFAR-100-LT, ratio 100: top-1 % of test images", means, columns)
 
 def rebuilt(text):
     """README with every table between markers made anew."""
@@ -111,3 +123,4 @@ if __name__ == "__main__":
     else:
         readme = ROOT / "README.md"
         readme.write_text(rebuilt(readme.read_text()))
+        draw(ROOT / ".ci" / "accuracy_by_group.png")
