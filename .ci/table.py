@@ -25,12 +25,11 @@ FINE, MORE = (f"ft_{name}_bsce_cifar100_imb100_resnet20_4ep" for name in ("base"
 VIEWS = "results/test, mean of 3 views"
 TABLES = {  # name: (columns, [(label, name of the runs without seed, keys to the figures in result.json, the paper's)])
     "cifar": (GROUPS, [
-        ("cross-entropy, 100 epochs (DO's stage 1)", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
+        ("stage 1: cross-entropy, 100 ep.", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
         ("the same + logit adjustment", DO, "bar/ce_la", ""),
         ("**balanced softmax, 200 epochs**: the fair bar", BASE, VIEWS, "50.8"),
         ("DO, equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
-        ("DO, instance weights (`--agg instance`, the paper's)", DO, "aggregations/instance",
-         "67.5 / 47.8 / 44.6 / 53.8"),
+        ("DO, instance weights (Eq. 5)", DO, "aggregations/instance", "67.5 / 47.8 / 44.6 / 53.8"),
         ("**DO, product of its sub-models** (the default)", DO, "aggregations/product", ""),
         ("(diagnosis) DO told each image's true group", DO, "test/oracle_by_true_group", ""),
         ("without mixup: balanced softmax", PLAIN_BASE, VIEWS, ""),
