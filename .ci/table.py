@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("many", "medium", "few", "all")
 SHIFTS = ("forward:50", "forward:10", "all", "backward:10", "backward:50")
 DO, BASE = "do_cifar100_imb100_resnet32_200ep_mixup", "base_bsce_cifar100_imb100_resnet32_200ep_mixup"
-PLAIN, PLAIN_BASE = (name.replace("_mixup", "") for name in (DO, BASE))
 DO50, BASE50 = (name.replace("imb100", "imb50") for name in (DO, BASE))
 PAPER, LONG = "paper_cifar100_imb100_resnet32_200ep", DO.replace("do_", "do_150_50_")
 SHORT, SCRATCH = (f"{name}_bsce_cifar100_imb100_resnet20_50ep" for name in ("base", "more"))
@@ -33,8 +32,6 @@ TABLES = {  # name: (columns, [(label, name of the runs without seed, keys to th
         ("DO, instance weights (Eq. 5)", DO, "aggregations/instance", ""),
         ("**DO, product of its sub-models** (the default)", DO, "aggregations/product", ""),
         ("(diagnosis) DO told each image's true group", DO, "test/oracle_by_true_group", ""),
-        ("without mixup: balanced softmax", PLAIN_BASE, VIEWS, ""),
-        ("without mixup: DO", PLAIN, "aggregations/product", ""),
         ("`--recipe paper`, instance weights", PAPER, "aggregations/instance", "67.5 / 47.8 / 44.6 / 53.8"),
         ("`--order many,few --epochs 150,50`, product", LONG, "aggregations/product", ""),
         ("ratio 50: balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
