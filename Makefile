@@ -45,14 +45,16 @@ gpu:  ## on a machine with CUDA: GPU="--data FILE.npz"
 table: .venv/ready
 	$(V) .ci/table.py
 
-# $(1): name of the runs, $(2): flags that choose the data, $(3): losses of MORE, $(4): DO too. Looks at the data first,
-# leaves out what is finished and goes on where it was interrupted.
+FLAGS_paper = --recipe paper
+FLAGS_three = --order many,medium,few
+# $(1): name of the runs, $(2): flags that choose the data, $(3): losses of MORE, $(4): DO's recipes (do: the default).
+# Looks at the data first, leaves out what is finished and goes on where it was interrupted.
 define reproduce
 	$(V) data_lt.py $(2) --data-root $(DATA) --lists $(LISTS)
 	set -e; run() { out=$$1; shift; test -f runs/$$out/result.json || \
 	  $(RUN) $$@ --out runs/$$out $(2) --data-root $(DATA) --lists $(LISTS) --seed $$seed --resume --export $(FLAGS); }; \
 	for seed in $(SEEDS); do \
-	  $(if $(4),run do_$(1)_seed$$seed do_lt.py; run paper_$(1)_seed$$seed do_lt.py --recipe paper;) \
+	  $(foreach d,$(4),run $(d)_$(1)_seed$$seed do_lt.py $(FLAGS_$(d));) \
 	  for loss in $(3); do \
 	    run base_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss --no-more; \
 	    run more_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss; \
@@ -62,17 +64,17 @@ define reproduce
 endef
 
 reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50
-	$(call reproduce,cifar100_imb100,--dataset cifar100 --imb 100,ce bsce,do)
-	$(call reproduce,cifar100_imb50,--dataset cifar100 --imb 50,ce bsce,do)
+	$(call reproduce,cifar100_imb100,--dataset cifar100 --imb 100,ce bsce,do three paper)
+	$(call reproduce,cifar100_imb50,--dataset cifar100 --imb 50,ce bsce,do three paper)
 
 reproduce-imagenet: .venv/ready  ## DATA holds ImageNet's train/ and val/, LISTS its ImageNet_LT_*.txt
-	$(call reproduce,imagenet_lt,--dataset imagenet_lt,ce bsce,do)
+	$(call reproduce,imagenet_lt,--dataset imagenet_lt,ce bsce,do paper)
 
 reproduce-places: .venv/ready  ## DATA holds Places' train/ and val/ (256 px), LISTS its Places_LT_*.txt
-	$(call reproduce,places_lt,--dataset places_lt,ce bsce,do)
+	$(call reproduce,places_lt,--dataset places_lt,ce bsce,do paper)
 
 reproduce-inat: .venv/ready  ## DATA holds train_val2018/, LISTS train2018.json and val2018.json or iNaturalist18_*.txt
-	$(call reproduce,inat18,--dataset inat18,ce bsce,do)
+	$(call reproduce,inat18,--dataset inat18,ce bsce,do paper)
 
 reproduce-voc: .venv/ready  ## DATA holds VOCdevkit/VOC2012 and VOC2007, LISTS img_id.txt or voc_mlt_train_labels.txt
 	$(call reproduce,voc_mlt,--dataset voc_mlt,bce asl db)

@@ -35,14 +35,15 @@ RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(mixup=0.4),
     "cifar100 imb 50": dict(gamma=[0.5, 0.6], mixup=0.4),
+    "cifar100, two stages": dict(order="many,few", epochs=[150, 50], gamma=[0.5], mixup=0.4),  # ratio 100 and 50
     "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": LARGE,
     "places_lt": LARGE | dict(arch="resnet152", pretrained=1),
     "inat18": LARGE | dict(gamma=[0.5, 0.6], importance_images=4),
     "folder": LARGE,
-    "default": dict(arch="resnet32", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], schedule="cosine", warmup=5, mixup=0.0,
-                    batch_size=128, aug="strong", rho=0.7, gamma=[0.5, 0.8], reinit=0.25, tpd_iters=20, pretrained=0,
-                    importance_images=20, prune_classifier=0, agg="product"),
+    "default": dict(arch="resnet32", order="many,medium,few", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], warmup=5,
+                    schedule="cosine", mixup=0.0, batch_size=128, aug="strong", rho=0.7, gamma=[0.5, 0.8], reinit=0.25,
+                    tpd_iters=20, pretrained=0, importance_images=20, prune_classifier=0, agg="product"),
     "paper": dict(batch_size=256, lr=[0.05, 0.005, 0.005], schedule="constant", warmup=0, mixup=0.0,
                   reinit=1.0, tpd_iters=1, prune_classifier=1, agg="instance", aug="strong"),
     "paper, photographs": dict(lr=[0.02, 0.002, 0.002]),
@@ -484,7 +485,7 @@ def parse_args(argv=None):
     add("--lr", type=number(above=0, several=True), help="peak rate, one a stage, as 0.1,0.05,0.05")
     add("--schedule", choices=["cosine", "constant"], help="of the rate after stage 1, whose is a cosine to 0")
     add = parser.add_argument_group("method").add_argument
-    add("--order", default="many,medium,few", help="stages: also many,few or many,medium-top,medium-low,few")
+    add("--order", help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
     add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
     add("--gamma", type=lambda text: text if text == "auto" else shares(text), help="share pruned after each stage "
         "but the last, as 0.5,0.8; or auto")
@@ -499,7 +500,11 @@ def parse_args(argv=None):
     add("--reinit", type=number(least=0), help="scale of the fresh weights over Kaiming's; 0 starts them at zero")
     add("--agg", choices=["product", "instance", "group", "mean"], help="the mixture reported; the paper's: instance")
     args = parser.parse_args(argv)
-    given = fill_in(args, RECIPES, "cifar100 imb 50" if args.dataset == "cifar100" and args.imb == 50 else None)
+    kind, imb = None, args.imb or 100
+    if args.dataset == "cifar100" and imb in (50, 100):  # with several values or --order given: for as many stages
+        two = args.order in (None, "many,few") and all(len(v or []) < 3 for v in (args.epochs, args.lr))
+        kind = "cifar100, two stages" if two and args.recipe == "default" else "cifar100 imb 50" if imb == 50 else None
+    given = fill_in(args, RECIPES, kind)
     args.order = args.order.split(",")
     known = ("many", "medium", "medium-top", "medium-low", "few")
     both = "medium" in args.order and set(args.order) & {"medium-top", "medium-low"}
@@ -509,7 +514,7 @@ def parse_args(argv=None):
     for flag, n in {"epochs": T, "lr": T, "gamma": T - 1}.items():
         values = getattr(args, flag) if isinstance(getattr(args, flag), list) else [getattr(args, flag)]
         if len(values) not in (1, n) and flag in given:
-            raise InputError(f"--{flag}: {len(values)} values for {n}; give one, or one a stage")
+            raise InputError(f"--{flag}: {len(values)} values for --order {','.join(args.order)}; give one, or {n}")
         if values != ["auto"]:
             setattr(args, flag, (values + values[-1:] * n)[:n])
     return args

@@ -57,10 +57,10 @@ def main(argv=None):
     parts = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}  # of a call before
     synth = ["--dataset", "synth", "--device", device, "--workers", "0"]
     data = ["--dataset", args.data, "--data-root", args.data_root, "--device", device, "--resume"]
-    short, once = [], []
+    short, once, two = [], [], ["--order", "many,few", "--epochs", "150,50"]  # cifar100's default; not of every .npz
     if args.rehearse:
         data = [*synth, "--aug", "none", "--resume"]
-        short, once = ["--epochs", "1", "--tpd-iters", "1"], ["--epochs", "1"]
+        short, once, two = ["--epochs", "1", "--tpd-iters", "1"], ["--epochs", "1"], []
         bench = ["--arch", "resnet20", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--device", "cpu"]
 
     def call(*command, kill_after=None, launcher=()):
@@ -126,7 +126,7 @@ def main(argv=None):
     part("agreement of CPU and device, fp32", lambda: {"relative difference": f"{agreement(device):.1e}"})
     for seed in (0,) if args.rehearse else (0, 1, 2):
         name, more = f"cifar100_imb100_seed{seed}", ["more_lt.py", "--loss", "bsce", "--seed", seed, *once]
-        part(f"DO, seed {seed}", lambda: training(f"do_{name}", "do_lt.py", "--seed", seed, *short))
+        part(f"DO, seed {seed}", lambda: training(f"do_{name}", "do_lt.py", "--seed", seed, *short, *two))
         part(f"balanced softmax, seed {seed}", lambda: training(f"base_bsce_{name}", *more, "--no-more"))
         if seed == 0:
             part("bench, ResNet-32", lambda: benched("resnet32", "--steps", "64", "--compile", "1"))
