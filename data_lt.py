@@ -154,11 +154,8 @@ class ClassSampler:
 def group_means(values, groups):
     """{"many", "medium", "few", "all"}: means over each group's classes, None for a group without any. values: float
     (K,), NaN where a class has no value; groups: as class_groups gives them."""
-    def mean(classes):
-        known = np.asarray(values)[classes]
-        known = known[~np.isnan(known)]
-        return float(known.mean()) if len(known) else None
-    return {name: mean(classes) for name, classes in (groups | {"all": np.arange(len(values))}).items()}
+    groups, values = groups | {"all": slice(None)}, np.asarray(values, dtype=np.float64)
+    return {name: None if np.isnan(v := values[c]).all() else float(np.nanmean(v)) for name, c in groups.items()}
 
 def group_accuracy(predicted, labels, counts):
     """Top-1 accuracy in percent: {"many", "medium", "few", "all"} (means over the group's classes; None for an empty
@@ -743,6 +740,7 @@ def read_voc_mlt(root, lists, size, split_seed=0):
     kit, parts = root / "VOCdevkit", {}
 
     def classes_in(year, id):
+        """The classes (indices, sorted) of an image, from its annotation."""
         file = kit / year / "Annotations" / f"{id}.xml"
         with reading(file, f"unpack {year} again"):
             return sorted({VOC.index(o.findtext("name")) for o in ElementTree.parse(file).iter("object")})
@@ -858,6 +856,7 @@ def argument_parser(description):
     """An ArgumentParser whose complaints are one line and exit code 2, as all others of the scripts; --help has the
     defaults."""
     def error(message):
+        """What argparse calls with a complaint."""
         raise InputError(f"{message}; --help lists the flags")
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     parser.error = error
@@ -867,6 +866,7 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
     """A flag's type: a finite number with least <= n <= most and above < n < below; several: or more, with commas
     between, which make a list."""
     def read(text):
+        """The number or list that the text says; argparse shows what is raised."""
         values = [kind(part) for part in (text.split(",") if several else [text])]
         if not all(least <= v <= most and above < v < below and math.isfinite(v) for v in values):
             limits = dict(zip(("at least", "above", "at most", "below"), (least, above, most, below)))

@@ -7,7 +7,7 @@ a stage a Taylor score decides which weights the stage keeps, frozen; the others
 nested sub-models answer together, mixed for each test image (test time).
 
     python do_lt.py --dataset synth                                   a minute on two CPU cores
-    python do_lt.py --dataset cifar100 --imb 100 --data-root data     CIFAR-100-LT; README has the figures
+    python do_lt.py --dataset cifar100 --imb 100 --data-root data     CIFAR-100-LT, two stages; README has the figures
     python do_lt.py --dataset cifar100 --imb 100 --recipe paper       every value as the paper has it
     python do_lt.py --dataset cifar100 --imb 100 --resume             go on after an interruption
 """
@@ -35,7 +35,7 @@ RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(mixup=0.4),
     "cifar100 imb 50": dict(gamma=[0.5, 0.6], mixup=0.4),
-    "cifar100, two stages": dict(order="many,few", epochs=[150, 50], gamma=[0.5], mixup=0.4),  # ratio 100 and 50
+    "cifar100, two stages": dict(order="many,few", epochs=[150, 50], gamma=[0.5], mixup=0.4),  # validation's choice
     "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": LARGE,
     "places_lt": LARGE | dict(arch="resnet152", pretrained=1),
@@ -215,6 +215,7 @@ def importance(model, layers, classes, log_alpha, data, args, kind="taylor", gen
     by_class = np.split(np.argsort(data.train.labels, kind="stable"), np.cumsum(data.counts)[:-1])
 
     def losses():
+        """The classes' losses, one graph at a time."""
         for c, x in zip(mine, data.rows([by_class[c][:args.importance_images] for c in mine])):
             with autocast(data.device, args.precision):
                 logits = model(x).float()
@@ -341,6 +342,7 @@ def fit_product(logp, labels, counts):
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
+        """The loss with its gradient, as LBFGS asks for it."""
         optimizer.zero_grad()
         loss = (rare * F.cross_entropy(product(logp, w, counts), labels, reduction="none")).sum() / rare.sum()
         loss.backward()
@@ -383,11 +385,11 @@ def aggregate(probs, logp, w, split, stages, data, args):
     lam["mean"] = torch.full((1, T), 1 / T, device=data.device)
     mixed = {name: torch.einsum("tuk,ut->uk", mean, v.expand(len(split), -1)).log() for name, v in lam.items()}
     mixed["product"] = product(logp, w, data.counts)
-    expert = np.zeros(data.num_classes, dtype=np.int64)  # the sub-model whose stage covers the class
-    for t, stage in enumerate(stages):
-        expert[stage.classes] = t
     labels = torch.from_numpy(split.labels).to(data.device)
-    told = mean[torch.from_numpy(expert).to(data.device)[labels], torch.arange(len(split), device=data.device)]
+    expert = torch.full((data.num_classes, T), 1 / T, device=data.device)  # of a class that no stage covers: all alike
+    for t, stage in enumerate(stages):
+        expert[stage.classes] = torch.eye(T, device=data.device)[t]
+    told = torch.einsum("tuk,ut->uk", mean, expert[labels])
     chosen = {g: lam["instance"].cpu().numpy()[np.isin(split.labels, c)] for g, c in data.groups.items()}
     return {"weights_seconds": seconds, "product": w.tolist(), "group_lambda": lam["group"][0].tolist(),
             "lambda_by_group": {g: v.mean(0).tolist() if len(v) else None for g, v in chosen.items()},
@@ -501,7 +503,7 @@ def parse_args(argv=None):
     add("--agg", choices=["product", "instance", "group", "mean"], help="the mixture reported; the paper's: instance")
     args = parser.parse_args(argv)
     kind, imb = None, args.imb or 100
-    if args.dataset == "cifar100" and imb in (50, 100):  # with several values or --order given: for as many stages
+    if args.dataset == "cifar100" and imb in (50, 100):  # --order, or three values of --epochs or --lr, ask for three
         two = args.order in (None, "many,few") and all(len(v or []) < 3 for v in (args.epochs, args.lr))
         kind = "cifar100, two stages" if two and args.recipe == "default" else "cifar100 imb 50" if imb == 50 else None
     given = fill_in(args, RECIPES, kind)

@@ -152,7 +152,6 @@ class LowRank(nn.Module):
     init "zero": A Kaiming, B zero. "svd": B A is the best approximation of W of that rank. Whatever the start, W_g = W
     - B A, so that the network computes what it did.
     """
-
     def __init__(self, weight, ratio, init="zero"):
         super().__init__()
         flat = weight.detach().flatten(1)
@@ -172,6 +171,7 @@ class LowRank(nn.Module):
             return weight + (self.B @ self.A).view_as(weight)  # in bf16 the sum would lose the small term
 
     def right_inverse(self, weight):
+        """W_g of a given W: what torch's parametrisation stores when a weight is set, the first time too."""
         return weight - (self.B @ self.A).view_as(weight)
 
 def add_low_rank(model, ratio=0.1, init="zero"):
@@ -282,8 +282,8 @@ class RunFolder:
         """Checkpoint: the model, its optimiser, the report and `where` the run stands; the last one stays as *.prev."""
         state = {"args": vars(self.args), "counts": self.counts, "report": self.report, "model": model.state_dict(),
                  "optimizer": optimizer and optimizer.state_dict(), **where}
-
         def write(tmp):
+            """The new file is whole before the old one moves."""
             torch.save(state, tmp)
             if (self.path / "last.pt").exists():
                 os.replace(self.path / "last.pt", self.path / "last.pt.prev")
