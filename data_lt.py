@@ -863,8 +863,8 @@ def argument_parser(description):
     return parser
 
 def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf, several=False):
-    """A flag's type: a finite number with least <= n <= most and above < n < below; several: or more, with commas
-    between, which make a list."""
+    """A flag's type: a finite number with least <= n <= most and above < n < below; several: a list, of
+    numbers with commas between."""
     def read(text):
         """The number or list that the text says; argparse shows what is raised."""
         values = [kind(part) for part in (text.split(",") if several else [text])]
@@ -872,7 +872,7 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
             limits = dict(zip(("at least", "above", "at most", "below"), (least, above, most, below)))
             said = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
             raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(said) or 'finite'}")
-        return values if len(values) > 1 else values[0]
+        return values if several else values[0]
     read.__name__ = kind.__name__  # for "invalid float value"
     return read
 

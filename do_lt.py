@@ -514,11 +514,12 @@ def parse_args(argv=None):
         raise InputError(f"--order {','.join(args.order)}: name each stage once, of {', '.join(known)}")
     T = len(args.order)
     for flag, n in {"epochs": T, "lr": T, "gamma": T - 1}.items():
-        values = getattr(args, flag) if isinstance(getattr(args, flag), list) else [getattr(args, flag)]
+        values = getattr(args, flag)
+        if values == "auto":
+            continue
         if len(values) not in (1, n) and flag in given:
-            raise InputError(f"--{flag}: {len(values)} values for --order {','.join(args.order)}; give one, or {n}")
-        if values != ["auto"]:
-            setattr(args, flag, (values + values[-1:] * n)[:n])
+            raise InputError(f"--{flag}: {len(values)} values for --order {','.join(args.order)}; give {n}, or one for all")
+        setattr(args, flag, (values + values[-1:] * n)[:n])
     return args
 
 def make_stages(args, data):

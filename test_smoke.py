@@ -465,8 +465,8 @@ def test_flags_stages_auto_gamma_and_stage1(tiny, do_run, tmp_path):
     two = run("c", "--order many,few --gamma 0.5 --importance l1 --agg mean --views 3 --loss ce --aug none "
               "--precision bf16 --mixup 0.4")
     assert len(two["submodels"]) == 3 and two["acc"]["all"] == two["aggregations"]["mean"]["all"]
-    kinds = [len(do_lt.parse_args(["--dataset", "cifar100", *f.split()]).order) for f in ("", "--imb 10", "--lr 1,1,1")]
-    assert two["lambda_by_group"]["many"] and kinds == [2, 3, 3], "two stages; three if no class is few, or told"
+    kinds = [do_lt.parse_args(f.split()).epochs for f in ("", "--epochs 1", "--imb 10", "--order many,medium,few")]
+    assert two["lambda_by_group"]["many"] and kinds == [[150, 50], [1, 1], *[[100, 50, 50]] * 2], "cifar100"
     labels = (arrays := dict(np.load(tiny)))["train_labels"]
     kept = {k: v[arrays[k.replace("images", "labels")] < 4] for k, v in arrays.items() if not k.startswith("val")}
     np.savez(tmp_path / "head.npz", **kept)  # no class is few, and no validation images
@@ -824,7 +824,7 @@ T --arch clip:ViT-B-16 | pip install open_clip_torch
 M --out D/more --resume --epochs 1 --amplitude 1 | --amplitude was 2.0, now 1.0
 M --out R --resume | is of another run""", """T --gamma 1.5 | --gamma: 1.5: must be above 0 and below 1
 T --order many,most | --order many,most
-T --epochs 1,2 | 2 values for --order many,medium,few; give one, or 3
+T --epochs 1,2 | 2 values for --order many,medium,few; give 3, or one for all
 T --arch clip:RN50 | --arch clip:RN50
 S | several labels an image, which DO is not for
 --dataset D/noval.npz --gamma auto | --gamma auto
