@@ -518,7 +518,8 @@ def parse_args(argv=None):
         if values == "auto":
             continue
         if len(values) not in (1, n) and flag in given:
-            raise InputError(f"--{flag}: {len(values)} values for --order {','.join(args.order)}; give {n}, or one for all")
+            raise InputError(f"--{flag}: {len(values)} values for --order {','.join(args.order)}; give {n}, or one for "
+                             "all")
         setattr(args, flag, (values + values[-1:] * n)[:n])
     return args
 
