@@ -1,52 +1,72 @@
 # SPDX-License-Identifier: MIT
 """Long-tailed splits, class-level draws, group metrics, batch augmentation and datasets.
 
-    python data_lt.py --dataset cifar100 --imb 100                      show a split: a table by group and a histogram
-    python data_lt.py --dataset cifar100 --imb 100 --pack split.npz     freeze exactly these images into one file
-    python data_lt.py --dataset imagenet_lt --pack packed --size 256    decode once, into arrays read memory-mapped
+    python data_lt.py --dataset cifar100 --imb 100                     show a split by class group
+    python data_lt.py --dataset cifar100 --imb 100 --pack split.npz    freeze exactly these images
+    python data_lt.py --dataset imagenet_lt --pack packed --size 256   decode photographs once
 
-The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), groups are those of Liu et al. (CVPR 2019). What
-people copy comes first: splits, draws, metrics; these take arrays and counts and leave the global random state alone.
+The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), the class groups are those of
+Liu et al. (CVPR 2019). What people copy comes first: splits, draws, metrics. These take arrays and
+counts and leave the global random state alone.
 """
 import argparse
-import io
 import json
 import math
 import os
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import scipy.io
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.transforms import v2
 
 GROUPS = ("many", "medium", "few")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process among torchrun's
-WORKERS = max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # decode photographs
-VAL_PER_CLASS = 50  # left-out training images that serve as validation split, at most, per class
-DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # elsewhere: as they are
+VAL_PER_CLASS = 50  # of the left-out training images, at most so many per class serve as validation
+DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # the others: as they are
+
+# This process among those that torchrun started, and the number of them on this machine.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+WORKERS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+WORKERS = max(1, min(16, WORKERS))  # processes that decode photographs
+
+
+def all_sum(tensor):
+    """The sum of `tensor` over all processes, in place; returns it."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
 
 class InputError(ValueError):
-    """Bad input: a line that names the argument or file, what is wrong and what to do. Exit code 2 in the scripts."""
+    """Bad input: one line that names the argument or file, what is wrong and what to do.
 
-# ---------------------------------------------------------------------------------------------------- splits and groups
+    The scripts print it and end with exit code 2.
+    """
+
+
+# ------------------------------------------------------------------------------ splits and groups
+
 
 def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
     """Training images per class, int array (K,), from n_max down to about n_max / imb.
 
-    "exp": class c gets int(n_max * imb ** (-c / (K - 1))). "step": the first half n_max, the second half n_max / imb.
-    Source: Cao et al., NeurIPS 2019, section 4 (LDAM). Raises ValueError for imb < 1 or another imb_type.
+    "exp": class c gets int(n_max * imb ** (-c / (K - 1))). "step": the first half of the classes
+    gets n_max, the second half n_max / imb. Source: Cao et al., NeurIPS 2019, section 4 (LDAM).
+    Raises ValueError for imb < 1 or another imb_type.
     """
     if imb < 1:
-        raise ValueError(f"imb {imb}: the largest class over the smallest; give a number of at least 1")
+        raise ValueError(f"imb {imb}: the largest class over the smallest; give at least 1")
     c = np.arange(num_classes)
     if imb_type == "exp":
         counts = n_max * float(imb) ** (-c / max(num_classes - 1, 1))
@@ -56,77 +76,106 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
         raise ValueError(f"imb_type {imb_type}: unknown; take exp or step")
     return (counts + 1e-9).astype(np.int64)  # 1e-9: powers that should be whole numbers stay so
 
+
 def class_groups(counts, many=100, few=20):
-    """{"many": class indices with more than `many` training images, "few": fewer than `few`, "medium": the others}."""
+    """Class indices by training images: {"many": over `many`, "few": under `few`, "medium": the
+    others}. counts: (K,)."""
     counts = np.asarray(counts)
-    return {"many": np.flatnonzero(counts > many),
-            "medium": np.flatnonzero((counts <= many) & (counts >= few)), "few": np.flatnonzero(counts < few)}
+    return {
+        "many": np.flatnonzero(counts > many),
+        "medium": np.flatnonzero((counts <= many) & (counts >= few)),
+        "few": np.flatnonzero(counts < few),
+    }
+
 
 def longtail_indices(labels, counts, split_seed=0):
-    """(kept, left): which images the long-tailed split keeps, and of those that it leaves out up to VAL_PER_CLASS a
-    class, for validation; int arrays, classes in ascending order.
+    """(kept, left): the images that the long-tailed split keeps, and of those that it leaves out
+    up to VAL_PER_CLASS per class, for validation. Int arrays, classes in ascending order.
 
-    LDAM-DRW's draw: one legacy RandomState shuffles each class's indices (in dataset order), the first counts[c] are
-    kept. Raises ValueError when a class has fewer images than counts asks for.
+    LDAM-DRW's draw: one legacy RandomState shuffles the indices of each class (in dataset order)
+    and the first counts[c] are kept. labels: int (N,). Raises ValueError when a class has fewer
+    images than counts asks for.
     """
     rng = np.random.RandomState(split_seed)
-    kept, left = [], []
+    kept = []
+    left = []
     for c, n in enumerate(counts):
-        idx = np.flatnonzero(labels == c)
-        if len(idx) < n:
-            raise ValueError(f"class {c} has {len(idx)} images, the split needs {n}: take another imb")
-        rng.shuffle(idx)
-        kept.append(idx[:n])
-        left.append(idx[n:])
-    return np.concatenate(kept), np.concatenate([part[:VAL_PER_CLASS] for part in left])
+        members = np.flatnonzero(labels == c)
+        if len(members) < n:
+            raise ValueError(f"class {c} has {len(members)} images, the split needs {n}: "
+                             "take another imb")
+        rng.shuffle(members)
+        kept.append(members[:n])
+        left.append(members[n:][:VAL_PER_CLASS])
+    return np.concatenate(kept), np.concatenate(left)
+
 
 def longtail_multilabel(labels, counts, split_seed=0):
-    """(kept, left): a long-tailed draw for several labels an image, and up to VAL_PER_CLASS of the other images a
-    class; sorted int arrays.
+    """(kept, left): a long-tailed draw for several labels per image, and up to VAL_PER_CLASS of
+    the other images per class. Sorted int arrays.
 
-    The class with the fewest images becomes the rarest, and so on. From the rarest up, images are drawn until the class
-    has its count; no other image of it is then taken for a more frequent class, which may so end below its count, or
-    above, by images of rarer classes. labels: 0/1 N x K; counts: (K,), in any order.
+    The class with the fewest images becomes the rarest, and so on. From the rarest up, images are
+    drawn until the class has its count. No other image of it is then taken for a more frequent
+    class, which may so end below its count, or above it by images that rarer classes brought.
+    labels: 0/1 N x K; counts: (K,), in any order.
     """
     rng = np.random.RandomState(split_seed)
-    order = np.argsort(labels.sum(0), kind="stable")  # rarest first
-    taken, barred, left = np.zeros((3, len(labels)), bool)
+    order = np.argsort(labels.sum(0), kind="stable")  # the rarest class first
+    taken = np.zeros(len(labels), bool)
+    barred = np.zeros(len(labels), bool)
     for c, n in zip(order, np.sort(counts)):
-        here = labels[:, c] == 1
-        free = rng.permutation(np.flatnonzero(here & ~taken & ~barred))
-        taken[free[:max(0, n - int((here & taken).sum()))]] = True
-        barred |= here
+        members = labels[:, c] == 1
+        missing = max(0, n - int((members & taken).sum()))
+        candidates = rng.permutation(np.flatnonzero(members & ~taken & ~barred))
+        taken[candidates[:missing]] = True
+        barred |= members
     spare = rng.permutation(np.flatnonzero(~taken))
+    left = np.zeros(len(labels), bool)
     for c in order:
-        left[spare[labels[spare, c] == 1][:VAL_PER_CLASS]] = True
+        members = spare[labels[spare, c] == 1]
+        left[members[:VAL_PER_CLASS]] = True
     return np.flatnonzero(taken), np.flatnonzero(left)
 
-def class_counts(labels, num_classes):
-    """Images of each class, int array (K,). labels: int (N,) or 0/1 N x K."""
-    return np.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(0, dtype=np.int64)
 
-# ---------------------------------------------------------------------------------------------------------------- draws
+def class_counts(labels, num_classes):
+    """Images per class, int array (K,). labels: int (N,) or 0/1 N x K."""
+    if labels.ndim == 1:
+        return np.bincount(labels, minlength=num_classes)
+    return labels.sum(0, dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------ draws
+
 
 class ClassSampler:
-    """Draws a class by its probability, then an image of the class uniformly: num_samples indices an epoch (int64
-    array).
+    """Draws a class by its probability, then one of its images uniformly: num_samples int64
+    indices per epoch. Also works as the sampler= of a DataLoader.
 
-    labels: int (N,), or 0/1 N x K, where an image is drawn through any of its classes; class_probs (K,), summing to 1;
-    seed and the epoch (`set_epoch`) fix the draw, nothing else does. The draws are systematic (low variance): with one
-    label an image class c comes floor or ceil of num_samples * P(c) times, each of its images as evenly; with P(c) ~
-    N_c and num_samples = N an epoch is a plain shuffle. rank and world_size: this process's share, without overlap.
-    Raises ValueError when a class with positive probability has no image.
+    labels: int (N,), or 0/1 N x K, where an image is drawn through any of its classes.
+    class_probs: (K,), summing to 1. The seed and the epoch (`set_epoch`) fix the draw, nothing
+    else does. rank and world_size: this process's share of it, without overlap.
+
+    The draws are systematic (low variance): with one label per image class c comes floor or ceil
+    of num_samples * P(c) times, its images as evenly. With P(c) ~ N_c and num_samples = N an
+    epoch is a plain shuffle. Raises ValueError when a class with positive probability is empty.
     """
 
     def __init__(self, labels, class_probs, num_samples, seed, rank=0, world_size=1):
-        labels, probs = np.asarray(labels), np.asarray(class_probs, dtype=np.float64)
-        counts = np.bincount(labels, minlength=len(probs)) if labels.ndim == 1 else labels.sum(0)
-        if len(absent := np.flatnonzero((counts == 0) & (probs > 0))):
-            raise ValueError(f"class {absent[0]} has probability but no image")
+        labels = np.asarray(labels)
+        probs = np.asarray(class_probs, dtype=np.float64)
+        single = labels.ndim == 1
+        counts = np.bincount(labels, minlength=len(probs)) if single else labels.sum(0)
+        empty = np.flatnonzero((counts == 0) & (probs > 0))
+        if len(empty):
+            raise ValueError(f"class {empty[0]} has probability but no image")
         each = probs / np.maximum(counts, 1)
-        self.weights = each[labels] if labels.ndim == 1 else labels @ each  # per image
-        self.labels = labels if labels.ndim == 1 else labels.argmax(1)  # several labels: the first one orders the draws
-        self.num_samples, self.seed, self.rank, self.world_size, self.epoch = num_samples, seed, rank, world_size, 0
+        self.weights = each[labels] if single else labels @ each  # per image
+        self.labels = labels if single else labels.argmax(1)  # the first label orders the draws
+        self.num_samples = num_samples
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
 
     def set_epoch(self, epoch):
         """Choose the epoch whose draw `indices` and iteration give; returns the sampler."""
@@ -136,10 +185,13 @@ class ClassSampler:
     def indices(self):
         """This process's image indices of the epoch, int64 array."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = np.lexsort((rng.random(len(self.labels)), self.labels))  # class by class, shuffled within
+        shuffled = rng.random(len(self.labels))
+        order = np.lexsort((shuffled, self.labels))  # class by class, shuffled within
         edges = np.cumsum(self.weights[order])
-        ticks = (np.arange(self.num_samples) + rng.random()) * (edges[-1] / self.num_samples)
-        picks = order[np.minimum(np.searchsorted(edges, ticks, side="right"), len(order) - 1)]
+        step = edges[-1] / self.num_samples
+        ticks = (np.arange(self.num_samples) + rng.random()) * step
+        found = np.searchsorted(edges, ticks, side="right")
+        picks = order[np.minimum(found, len(order) - 1)]
         rng.shuffle(picks)
         return picks[self.rank::self.world_size]
 
@@ -149,203 +201,318 @@ class ClassSampler:
     def __len__(self):
         return len(range(self.rank, self.num_samples, self.world_size))
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+
+# ---------------------------------------------------------------------------------------- metrics
+
 
 def group_means(values, groups):
-    """{"many", "medium", "few", "all"}: means over each group's classes, None for a group without any. values: float
-    (K,), NaN where a class has no value; groups: as class_groups gives them."""
-    groups, values = groups | {"all": slice(None)}, np.asarray(values, dtype=np.float64)
-    return {name: None if np.isnan(v := values[c]).all() else float(np.nanmean(v)) for name, c in groups.items()}
+    """{"many", "medium", "few", "all"}: means over the classes of each group, None for a group
+    without any. values: float (K,), NaN where a class has no value; groups: see class_groups."""
+    values = np.asarray(values, dtype=np.float64)
+    means = {}
+    for name, classes in (groups | {"all": slice(None)}).items():
+        members = values[classes]
+        means[name] = None if np.isnan(members).all() else float(np.nanmean(members))
+    return means
+
+
+def listed(values):
+    """A list of floats for JSON: None where `values` (K,) is NaN."""
+    return [None if math.isnan(v) else float(v) for v in values]
+
 
 def group_accuracy(predicted, labels, counts):
-    """Top-1 accuracy in percent: {"many", "medium", "few", "all"} (means over the group's classes; None for an empty
-    group) and "per_class" (list of K; None for a class without a test image). predicted, labels: int tensors or arrays
-    (N,); counts: (K,)."""
-    predicted, labels, k = np.asarray(predicted), np.asarray(labels), len(counts)
-    total = np.bincount(labels, minlength=k)
-    per_class = 100 * np.bincount(labels[predicted == labels], minlength=k) / np.where(total == 0, np.nan, total)
-    listed = [None if np.isnan(v) else float(v) for v in per_class]
-    return group_means(per_class, class_groups(counts)) | {"per_class": listed}
+    """Top-1 accuracy in percent: {"many", "medium", "few", "all"}, means over the classes of a
+    group (None for an empty group), and "per_class", a list of K (None for a class without test
+    images). predicted, labels: int tensors or arrays (N,); counts: (K,) training images."""
+    predicted = np.asarray(predicted)
+    labels = np.asarray(labels)
+    total = np.bincount(labels, minlength=len(counts))
+    correct = np.bincount(labels[predicted == labels], minlength=len(counts))
+    per_class = 100 * correct / np.where(total == 0, np.nan, total)
+    return group_means(per_class, class_groups(counts)) | {"per_class": listed(per_class)}
+
 
 def expected_calibration_error(probs, labels, bins=15):
-    """ECE in percent: mean gap between confidence and accuracy over equal-width bins (Guo et al., ICML 2017).
-    probs: tensor N x K; labels: int tensor (N,)."""
+    """ECE in percent: mean gap between confidence and accuracy over equal-width bins
+    (Guo et al., ICML 2017). probs: tensor N x K; labels: int tensor (N,)."""
     confidence, predicted = probs.double().max(1)
-    hit = (predicted == labels).double()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open on the left, closed on the right
-    gap = torch.zeros(bins, dtype=torch.double, device=probs.device).index_add_(0, which, confidence - hit)
+    correct = (predicted == labels).double()
+    bin_of = (confidence * bins).ceil().long()  # bins are open on the left, closed on the right
+    bin_of = bin_of.clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.double, device=probs.device)
+    gap.index_add_(0, bin_of, confidence - correct)
     return float(100 * gap.abs().sum() / len(labels))
 
-def shifted(per_class, counts, shifts):
-    """{"forward:50": percent, ..}: accuracy were the test classes as frequent as `shifts` says: forward:R falls from
-    the most to the least frequent training class by a ratio R, backward:R rises, uniform is flat (LADE, Hong et al.,
-    CVPR 2021): a weighted mean of the accuracies by class. per_class: percent or None (K,); counts: (K,)."""
-    rank = np.argsort(np.argsort(-np.asarray(counts), kind="stable")) / max(len(counts) - 1, 1)  # 0: most frequent
-    seen, out = [c for c, v in enumerate(per_class) if v is not None], {}
-    for shift in shifts:
-        kind, _, ratio = shift.partition(":")
-        weights = float(ratio or 1) ** ((("forward", "uniform", "backward").index(kind) - 1) * rank)
-        out[shift] = float(np.average(np.array(per_class, float)[seen], weights=weights[seen]))
-    return out
 
 def table(title, rows, columns, form=".1f"):
-    """Lines of an aligned table, its head first. rows: {label: {column: number or None}}, "-" for None."""
-    lines = {title: columns} | {label: ["-" if values[c] is None else format(values[c], form) for c in columns]
-                                for label, values in rows.items()}
-    return "\n".join(f"{label:46}" + "".join(f" {cell:>11}" for cell in cells) for label, cells in lines.items())
+    """Lines of an aligned table. rows: {label: {column: number or None}}, "-" for None."""
+    lines = [f"{title:46}" + "".join(f" {column:>11}" for column in columns)]
+    for label, values in rows.items():
+        cells = ["-" if values[c] is None else format(values[c], form) for c in columns]
+        lines.append(f"{label:46}" + "".join(f" {cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
 
 def draw_bars(path, title, rows, columns):
-    """The numbers of a `table` as bars, side by side for each column, in a PNG (needs matplotlib)."""
+    """The numbers of a `table` as bars, side by side for each column, in a PNG (matplotlib)."""
     from matplotlib.figure import Figure
-    x, width, size = np.arange(len(columns)), 0.8 / len(rows), (3 + 1.1 * len(columns), 3.2)
-    axes = Figure(size, layout="constrained").add_subplot(title=title, xticks=x + 0.4 - width / 2, xticklabels=columns)
+    x = np.arange(len(columns))
+    width = 0.8 / len(rows)
+    figure = Figure((3 + 1.1 * len(columns), 3.2), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    axes.set_xticks(x + 0.4 - width / 2, columns)
     for i, (label, values) in enumerate(rows.items()):
-        axes.bar(x + width * i, np.array([values[c] for c in columns], float), width, label=label, hatch="/"[:i // 10])
-    axes.figure.legend(loc="outside right upper", fontsize=7)
-    axes.figure.savefig(path, dpi=120, format="png")
+        heights = np.array([values[c] for c in columns], float)
+        hatch = "/" if i >= 10 else ""  # matplotlib has ten colours
+        axes.bar(x + width * i, heights, width, label=label, hatch=hatch)
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.savefig(path, dpi=120, format="png")
 
-# -------------------------------------------------------------------------------------- augmentation, a batch at a time
+
+# ---------------------------------------------------------------- augmentation, a batch at a time
+
 
 def to_device(array, device):
-    """A numpy array as a tensor on the device; a GPU fetches it from pinned memory while the host goes on."""
+    """A numpy array as a tensor on the device. A GPU fetches it from pinned memory while the host
+    goes on."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
 
 def crop_flip(images, rng, pad):
-    """A random crop of the zero-padded image and a flip of every second one. uint8 n x 3 x H x W, in and out."""
+    """A random crop of the zero-padded image, and a flip with probability one half.
+
+    images: uint8 n x 3 x H x W, any device -> the same shape. rng: numpy Generator.
+    """
     n, _, h, w = images.shape
-    top, left, flip = rng.integers(2 * pad + 1, size=n), rng.integers(2 * pad + 1, size=n), rng.random(n) < 0.5
+    top = rng.integers(2 * pad + 1, size=n)
+    left = rng.integers(2 * pad + 1, size=n)
+    flip = rng.random(n) < 0.5
+    columns = np.where(flip[:, None], np.arange(w)[::-1], np.arange(w))
     rows = to_device(top[:, None] + np.arange(h), images.device)
-    cols = to_device(left[:, None] + np.where(flip[:, None], np.arange(w)[::-1], np.arange(w)), images.device)
-    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # n x H x W x 3: channels move together
-    at = torch.arange(n, device=images.device).view(n, 1, 1)
-    return padded[at, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    columns = to_device(left[:, None] + columns, images.device)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    padded = padded.permute(0, 2, 3, 1)  # n x H x W x 3: channels move together
+    image = torch.arange(n, device=images.device).view(n, 1, 1)
+    crops = padded[image, rows[:, :, None], columns[:, None, :]]
+    return crops.permute(0, 3, 1, 2)
+
 
 def random_resized_crop(images, rng, size):
-    """A random part of each image, 8 to 100 % of its area, 3:4 to 4:3, resized to size x size (bilinear), and a flip of
-    every second one. uint8 n x 3 x H x W -> uint8 n x 3 x size x size. A part that would stick out is cut to the image
-    (torchvision draws again)."""
+    """A random part of each image, 8 to 100 % of its area, 3:4 to 4:3, resized to size x size
+    (bilinear), and a flip with probability one half.
+
+    uint8 n x 3 x H x W -> uint8 n x 3 x size x size. A part that would stick out is cut to the
+    image (torchvision draws again).
+    """
     n = len(images)
-    area, ratio = rng.uniform(0.08, 1, n), np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
-    w, h = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
-    left, top, flip = rng.random(n) * (1 - w), rng.random(n) * (1 - h), np.where(rng.random(n) < 0.5, -1, 1)
-    boxes = np.array([w * flip, 0 * w, 2 * left + w - 1, 0 * w, h, 2 * top + h - 1], np.float32)  # -1..1
-    grid = F.affine_grid(to_device(boxes.T.reshape(n, 2, 3), images.device), [n, 3, size, size], align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
+    area = rng.uniform(0.08, 1, n)
+    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
+    w = np.minimum(np.sqrt(area * ratio), 1)  # shares of the image's sides
+    h = np.minimum(np.sqrt(area / ratio), 1)
+    left = rng.random(n) * (1 - w)
+    top = rng.random(n) * (1 - h)
+    flip = np.where(rng.random(n) < 0.5, -1, 1)
+    zero = np.zeros(n)
+    # affine maps from the crop to the image, both with coordinates from -1 to 1
+    maps = np.array([w * flip, zero, 2 * left + w - 1, zero, h, 2 * top + h - 1], np.float32)
+    maps = to_device(maps.T.reshape(n, 2, 3), images.device)
+    grid = F.affine_grid(maps, [n, 3, size, size], align_corners=False)
+    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return crops.round_().to(torch.uint8)
+
 
 def rand_augment(images, rng, group):
-    """torchvision's RandAugment (Cubuk et al., CVPR workshops 2020): two operations at a magnitude of 0..18 of 30,
-    drawn anew for every `group` images, which are picked at random. uint8 n x 3 x H x W, any device -> the same shape.
-    The global generator stays as it is."""
+    """torchvision's RandAugment (Cubuk et al., CVPR workshops 2020): two operations at a
+    magnitude of 0..18 of 30, drawn anew for every `group` images, which are picked at random.
+
+    uint8 n x 3 x H x W, any device -> the same shape. The global generator stays as it is.
+    """
     out = torch.empty_like(images)
+    parts = math.ceil(len(images) / group)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
-        for at in np.array_split(rng.permutation(len(images)), math.ceil(len(images) / group)):
-            at = to_device(at, images.device)
-            out[at] = v2.RandAugment(2, int(rng.integers(19)))(images[at])
+        for picked in np.array_split(rng.permutation(len(images)), parts):
+            picked = to_device(picked, images.device)
+            operations = v2.RandAugment(2, int(rng.integers(19)))
+            out[picked] = operations(images[picked])
     return out
 
-def augment(images, rng, kind="strong", crop=None, group=8):
-    """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop, flip, RandAugment). crop:
-    None, or the side of a random resized crop, the field's crop for photographs. group: see rand_augment.
 
-    images: uint8 n x 3 x H x W, any device. rng: numpy Generator. Returns uint8, n x 3 x H x W or n x 3 x crop x crop.
+def augment(images, rng, kind="strong", crop=None, group=8):
+    """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop,
+    flip, RandAugment).
+
+    images: uint8 n x 3 x H x W, any device; rng: numpy Generator. crop: None, or the side of a
+    random resized crop, the field's crop for photographs. group: see rand_augment. Returns uint8,
+    n x 3 x H x W or n x 3 x crop x crop.
     """
     if kind == "none":
         return v2.functional.center_crop(images, [crop, crop]) if crop else images
-    images = random_resized_crop(images, rng, crop) if crop else crop_flip(images, rng, images.shape[-1] // 8)
-    return rand_augment(images.contiguous(), rng, group) if kind == "strong" else images
+    if crop:
+        images = random_resized_crop(images, rng, crop)
+    else:
+        images = crop_flip(images, rng, images.shape[-1] // 8)
+    if kind == "strong":
+        images = rand_augment(images.contiguous(), rng, group)
+    return images
+
 
 def mixup(x, y, alpha, rng):
-    """(mixed images, other labels, lam): each image lam x + (1 - lam) times that at the other end of the batch, lam ~
-    Beta(alpha, alpha) once a batch (Zhang et al., ICLR 2018); the loss is lam L(y) + (1 - lam) L(other labels). alpha
-    0: the images as they are, lam 1. rng: numpy Generator."""
-    lam = float(rng.beta(alpha, alpha)) if alpha else 1.0
-    return (lam * x + (1 - lam) * x.flip(0) if alpha else x), y.flip(0), lam
+    """(mixed images, [(share, labels), ..]): each image is lam x + (1 - lam) times the image at
+    the other end of the batch, lam ~ Beta(alpha, alpha) once per batch. The loss is the sum of
+    share * L(labels) (Zhang et al., ICLR 2018). alpha 0: the images as they are."""
+    if alpha == 0:
+        return x, [(1.0, y)]
+    lam = float(rng.beta(alpha, alpha))
+    mixed = lam * x + (1 - lam) * x.flip(0)
+    return mixed, [(lam, y), (1 - lam, y.flip(0))]
+
 
 def normalize(images, mean, std):
-    """uint8 n x 3 x H x W -> float32 in channels_last order; mean and std: (3,) tensors in 0..255 units on the same
-    device."""
+    """uint8 n x 3 x H x W -> float32 in channels_last order. mean, std: (3,) tensors in 0..255
+    units, on the device of the images."""
     x = images.to(torch.float32, memory_format=torch.channels_last)
     return x.sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
 
+
 def channel_stats(images):
-    """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3; ImageNet's for photographs,
-    anything on disk or larger than 64 pixels."""
-    if isinstance(images, ImageFiles) or images.shape[1] > 64:
-        return torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
-    share = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]) * 3 / images.size
-    mean, square = share @ np.arange(256), share @ np.arange(256) ** 2
-    return torch.tensor(mean).float(), torch.tensor(np.sqrt(square - mean ** 2).clip(1.0)).float()
+    """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3.
 
-# -------------------------------------------------------------------------------------------------- photographs on disk
+    ImageNet's for photographs: paths on disk, or images larger than 64 pixels.
+    """
+    if on_disk(images) or images.shape[1] > 64:
+        mean = torch.tensor([123.675, 116.28, 103.53])
+        return mean, torch.tensor([58.395, 57.12, 57.375])
+    histograms = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]
+    share = np.stack(histograms) * 3 / images.size
+    mean = share @ np.arange(256)
+    variance = share @ np.arange(256) ** 2 - mean ** 2
+    std = np.sqrt(variance).clip(1.0)
+    return torch.tensor(mean).float(), torch.tensor(std).float()
 
-class ImageFiles:
-    """Photographs on disk, a split's images that are decoded when they are asked for. paths: list of str; size: pixels
-    of a side. `batches` brings the shorter side to 256 / 224 of `size` and cuts out the centre, or cuts at random."""
 
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
+# ---------------------------------------------------------------------------- photographs on disk
 
-    def __len__(self):
-        return len(self.paths)
 
-    def __getitem__(self, rows):
-        return ImageFiles([self.paths[i] for i in np.arange(len(self))[rows]], self.size)
+def on_disk(images):
+    """Whether a split's images are paths of photographs rather than pixels."""
+    return images.dtype == object
 
-    def batches(self, rows, batch_size, workers=0, kind="none", key=(0,), pin=False):
-        """uint8 tensors n x 3 x size x size of the photographs `rows`, batch_size at a time (a list: these sizes in
-        turn), decoded by `workers` processes (0: by this one). kind: "none", the centre; "pack", the same with as
-        little lost as can be; "crop", random resized crops and flips, fixed by `key` and the position. Raises
-        InputError for a bad file."""
-        edges = range(batch_size, len(rows), batch_size) if isinstance(batch_size, int) else np.cumsum(batch_size)[:-1]
-        items = np.split(np.stack([np.arange(len(rows)), rows], 1), edges) if len(rows) else []
-        loader = torch.utils.data.DataLoader(_Decoder(self, kind, key), batch_sampler=items, num_workers=workers,
-                                             pin_memory=pin, generator=torch.Generator())
-        try:
-            yield from loader
-            return
-        except InputError as error:  # a worker's message comes with its traceback
-            message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
-            error.with_traceback(None)  # its frames hold the loader, whose workers end when it goes
-        raise InputError(message)
+
+def decode(path):
+    """The photograph at `path` as an RGB PIL image of 8 bits per channel: upright as its EXIF
+    orientation says, deeper greys scaled to 8 bits, transparency on white.
+
+    Raises InputError for a file that cannot be read.
+    """
+    with reading(path, "replace or remove it"), Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":  # one channel of 16 or 32 bits
+            image = deep_grey(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def deep_grey(image):
+    """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
+
+    Its full scale is 65,535 for 16 bits; else the first of 1 (floats), 255, 65,535 and 2^32 - 1
+    that holds its brightest pixel.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    scales = [255, 65535, 2 ** 32 - 1]
+    if image.mode == "F":
+        scales = [1, *scales]
+    if image.mode.startswith("I;16"):
+        scales = [65535]
+    full = next((scale for scale in scales if values.max() <= scale), scales[-1])
+    return Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def centre_view(size, resize):
+    """The transform of photographs for testing: PIL image -> uint8 tensor 3 x H x W. The shorter
+    side becomes `resize` pixels and the centre is cut out. size: (H, W)."""
+    return v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def random_view(size):
+    """The transform of photographs for training: a random resized crop and a flip."""
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
 
 class _Decoder(torch.utils.data.Dataset):
-    """(position, row) -> one photograph of ImageFiles.batches, whatever process decodes it."""
+    """(position, row) -> the photograph paths[row], transformed with random numbers that depend
+    on the key and the position alone, in whatever process."""
 
-    def __init__(self, files, kind, key):
-        self.files, self.key, size = files, key, files.size
-        cut = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if kind == "crop" else \
-            [v2.Resize(round(size * 256 / 224) if kind == "none" else size), v2.CenterCrop(size)]
-        self.transform = v2.Compose([*cut, v2.PILToTensor()])
+    def __init__(self, paths, transform, key):
+        self.paths = paths
+        self.transform = transform
+        self.key = key
 
     def __getitem__(self, item):
-        path, seed = self.files.paths[int(item[1])], np.random.SeedSequence([*self.key, int(item[0])])
-        with reading(path, "replace or remove it"), Image.open(path) as image:
-            image = image.convert("RGB")
+        position, row = item.tolist()
+        image = decode(self.paths[row])
+        seed = np.random.SeedSequence([*self.key, position]).generate_state(1)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(seed[0]))
             return self.transform(image)
 
-# ------------------------------------------------------------------------------------------------------------- datasets
+
+def decoded(paths, groups, transform, key=(0,), workers=0, pin=False):
+    """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `groups`.
+
+    `workers` processes decode them (0: this one does). key: see _Decoder. Raises InputError for a
+    file that cannot be read.
+    """
+    rows = np.concatenate([[], *groups]).astype(int)
+    items = np.stack([np.arange(len(rows)), rows], 1)
+    batches = np.split(items, np.cumsum([len(group) for group in groups])[:-1])
+    loader = torch.utils.data.DataLoader(
+        _Decoder(paths, transform, key),
+        batch_sampler=batches if len(groups) else [],
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the global one stays as it is
+    )
+    try:
+        yield from loader
+        return
+    except InputError as error:  # a worker's message comes with its traceback
+        message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        error.with_traceback(None)  # its frames hold the loader; without them its workers end
+    raise InputError(message)
+
+
+# ----------------------------------------------------------------------------- datasets, batches
+
 
 @dataclass
 class Split:
-    """images: uint8 array N x H x W x 3, or ImageFiles. labels: int64 array (N,); with several labels an image 0/1,
-    uint8 N x K."""
+    """images: uint8 array N x H x W x 3, or an object array (N,) of paths. labels: int64 array
+    (N,); with several labels per image 0/1, uint8 N x K."""
     images: np.ndarray
     labels: np.ndarray
 
     def __len__(self):
         return len(self.labels)
 
+
 @dataclass
 class Dataset:
-    """train, val, test: Split (val may be empty). counts: int array (K,), training images per class. source: what was
-    read. crop: the side that packed photographs are cropped to, at random in training, in the centre else; None: used
-    whole. It knows num_classes (K), multi_label (several labels an image), groups (class_groups; the published splits
-    of VOC-MLT and COCO-MLT have their class of just 100 images among the many) and side, the pixels of a side that the
-    network sees. `to` comes before `sampler`, `batches`, `test_batches` and `rows`."""
+    """A long-tailed dataset as plain arrays and names.
+
+    train, val, test: Split (val may be empty). counts: int array (K,), training images per class.
+    source: what was read. size: (H, W), the pixels that the network sees. resize: to how many
+    pixels the shorter side of a photograph is brought before its centre is cut out. photographs:
+    whether training crops them at random scales, as photographs are, or shifts them.
+    """
     name: str
     train: Split
     val: Split
@@ -353,194 +520,358 @@ class Dataset:
     counts: np.ndarray
     class_names: list
     source: str
-    crop: int = None
+    size: tuple
+    resize: int
+    photographs: bool
 
-    def __post_init__(self):
-        self.num_classes, self.multi_label = len(self.counts), self.train.labels.ndim == 2
-        self.groups = class_groups(self.counts, many=99 if self.name in ("voc_mlt", "coco_mlt") else 100)
-        self.files = isinstance(self.train.images, ImageFiles)
-        self.side = self.train.images.size if self.files else self.crop or self.train.images.shape[1]
+    @property
+    def num_classes(self):
+        """K."""
+        return len(self.counts)
 
-    def to(self, device, batch_size, aug="none", workers=0, stats=None):
-        """Make the training images ready on a device, whole where they are arrays (memory-mapped ones only if they take
-        less than 60 % of its free memory); returns the dataset. batch_size: of all processes together, at most the
-        images there are. stats: (mean, std) as channel_stats gives them, which is the default."""
-        self.device, self.aug, self.workers, self.cuda = device, aug, workers, device.type == "cuda"
-        self.centre = v2.CenterCrop(self.crop) if self.crop else v2.Identity()
-        self.batch_size = min(batch_size, len(self.train) // WORLD * WORLD)
-        self.mean, self.std = (v.to(device) for v in stats or channel_stats(self.train.images))
-        self.counts_t = torch.tensor(self.counts, dtype=torch.float32, device=device)
-        self.prior, self.labels = self.counts_t / self.counts_t.sum(), torch.from_numpy(self.train.labels).to(device)
-        images = self.train.images
-        if not self.files:
-            mapped = self.cuda and isinstance(images, np.memmap)
-            large = mapped and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
-            self.images = torch.from_numpy(images).to("cpu" if large else device)
-        return self
+    @property
+    def multi_label(self):
+        """Whether images have several labels."""
+        return self.train.labels.ndim == 2
 
-    def sampler(self, class_probs, seed, steps=None):
-        """ClassSampler of this process's draws for `steps` whole batches (None: an epoch, all that the images make up);
-        class_probs None: every image alike."""
-        steps, n = steps or len(self.train) // self.batch_size, len(self.train)
-        labels, probs = (np.arange(n), np.full(n, 1 / n)) if class_probs is None else (self.train.labels, class_probs)
-        return ClassSampler(labels, probs, steps * self.batch_size, seed, RANK, WORLD)
+    @property
+    def groups(self):
+        """class_groups. The published splits of VOC-MLT and COCO-MLT have their class of just
+        100 images among the many."""
+        return class_groups(self.counts, many=99 if self.name in ("voc_mlt", "coco_mlt") else 100)
 
-    def batches(self, picks, key):
-        """Augmented training batches (x float n x 3 x H x W normalised, y (n,) or n x K) of the rows `picks`, n of each
-        batch being this process's share. key: ints that fix the augmentation. Small images are augmented 16 batches at
-        a time: operations on single images cost less in large groups; 8 images of a batch share RandAugment's two
-        operations."""
-        n, many = self.batch_size // WORLD, 1 if self.files or self.side > 64 else 16
-        if self.files:
-            kind = "none" if self.aug == "none" else "crop"
-            decoded = self.train.images.batches(picks, n, self.workers, kind, [*key, RANK], self.cuda)
-        for start in range(0, len(picks), many * n):
-            rows, rng = picks[start:start + many * n], np.random.default_rng([*key, start, RANK])
-            if self.files:
-                x = next(decoded).to(self.device, non_blocking=True)
-                x = rand_augment(x, rng, 8) if self.aug == "strong" else x
-            else:
-                x = augment(self.take(rows), rng, self.aug, self.crop, 8 * many)
-            for part, at in zip(x.split(n), to_device(rows, self.device).split(n)):
-                yield normalize(part, self.mean, self.std), self.labels[at]
+
+class MemoryImages:
+    """Batches of a split's images that are arrays, in memory or memory-mapped.
+
+    They lie on the device, unless they take more than 60 % of a GPU's free memory.
+    """
+    batch = 512  # images that are evaluated at once
+
+    def __init__(self, data, images, device, aug):
+        self.device = device
+        self.aug = aug
+        self.crop = data.size[0] if data.photographs else None
+        self.small = max(data.size) <= 64
+        large = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+        self.images = torch.from_numpy(images).to("cpu" if large else device)
 
     def take(self, rows):
-        """uint8 n x 3 x H x W on the device: training images of arrays, whole."""
+        """uint8 n x 3 x H x W on the device: the images of an index array, whole."""
         x = self.images[to_device(rows, self.images.device)]
-        x = x.pin_memory() if self.cuda and not x.is_cuda else x
+        if self.device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
         return x.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
-    def rows(self, picks):
-        """Batches of training images as they are, normalised; picks: a list of int arrays, a batch each."""
-        if self.files:
-            flat, sizes = np.concatenate([[], *picks]).astype(int), [len(p) for p in picks]
-            clean = self.train.images.batches(flat, sizes, self.workers)
-        else:
-            clean = (self.centre(self.take(p)) for p in picks)
-        yield from (normalize(x.to(self.device), self.mean, self.std) for x in clean)
+    def clean(self, groups):
+        """uint8 n x 3 x H x W of each index array, whole; of photographs the centre."""
+        for rows in groups:
+            yield augment(self.take(rows), None, "none", self.crop)
 
-    def test_batches(self, images):
-        """(first row, uint8 n x 3 x H x W on the device) of this process's share of a split's images, whole or their
-        centre."""
-        size = 64 if self.files else 512  # decoders hand over small batches
-        starts = range(RANK * size, len(images), WORLD * size)
-        if self.files:
-            mine = [np.arange(start, min(start + size, len(images))) for start in starts]
-            decoded = images.batches(np.concatenate([[], *mine]).astype(int), size, self.workers, pin=self.cuda)
-            yield from ((start, x.to(self.device, non_blocking=True)) for start, x in zip(starts, decoded))
-        else:
-            for start in starts:
-                x = to_device(images[start:start + size], self.device).permute(0, 3, 1, 2)
-                yield start, self.centre(x)
+    def augmented(self, groups, key):
+        """The same, augmented. key: ints that fix the augmentation.
+
+        Small images are augmented 16 batches at a time, since operations cost less in large
+        groups; 8 images of a batch share RandAugment's two operations.
+        """
+        at_once = 16 if self.small else 1
+        start = 0
+        for i in range(0, len(groups), at_once):
+            some = groups[i:i + at_once]
+            rng = np.random.default_rng([*key, start, RANK])
+            images = self.take(np.concatenate(some))
+            x = augment(images, rng, self.aug, self.crop, 8 * at_once)
+            yield from x.split([len(rows) for rows in some])
+            start += len(x)
+
+
+class DiskImages:
+    """Batches of a split's photographs on disk, with the methods of MemoryImages."""
+    batch = 64
+
+    def __init__(self, data, paths, device, aug, workers):
+        self.paths = paths
+        self.device = device
+        self.aug = aug
+        self.workers = workers
+        self.centre = centre_view(data.size, data.resize)
+        self.random = self.centre if aug == "none" else random_view(data.size)
+
+    def batches(self, groups, transform, key=(0,)):
+        """The photographs of each index array, decoded and on the device."""
+        pin = self.device.type == "cuda"
+        for x in decoded(self.paths, groups, transform, key, self.workers, pin):
+            yield x.to(self.device, non_blocking=True)
+
+    def clean(self, groups):
+        """uint8 n x 3 x H x W of each index array: the centre."""
+        yield from self.batches(groups, self.centre)
+
+    def augmented(self, groups, key):
+        """uint8 n x 3 x H x W of each index array, augmented."""
+        start = 0
+        for x in self.batches(groups, self.random, [*key, RANK]):
+            if self.aug == "strong":
+                x = rand_augment(x, np.random.default_rng([*key, start, RANK]), 8)
+            yield x
+            start += len(x)
+
+
+class Loader:
+    """Batches of a Dataset on a device.
+
+    batch_size: of all processes together, at most the images there are. aug: see augment.
+    workers: processes that decode photographs. stats: (mean, std) as channel_stats gives them,
+    which is the default.
+    """
+
+    def __init__(self, data, device, batch_size, aug="none", workers=0, stats=None):
+        self.data = data
+        self.device = device
+        self.batch_size = min(batch_size, len(data.train) // WORLD * WORLD)
+        self.steps = len(data.train) // self.batch_size  # whole batches that the images make up
+        mean, std = stats or channel_stats(data.train.images)
+        self.mean = mean.to(device)
+        self.std = std.to(device)
+        self.labels = torch.from_numpy(data.train.labels).to(device)
+        self.sources = {}
+        for part in ("train", "val", "test"):
+            images = getattr(data, part).images
+            if on_disk(images):
+                self.sources[part] = DiskImages(data, images, device, aug, workers)
+            else:
+                self.sources[part] = MemoryImages(data, images, device, aug)
+
+    def draw(self, class_probs, seed, epoch, steps=None):
+        """Training images of an epoch (or of `steps` batches) drawn by ClassSampler: this
+        process's share of each batch, int64 steps x n. class_probs None: all images alike."""
+        steps = steps or self.steps
+        labels = self.data.train.labels
+        if class_probs is None:
+            labels = np.arange(len(labels))
+            class_probs = np.full(len(labels), 1 / len(labels))
+        samples = steps * self.batch_size
+        sampler = ClassSampler(labels, class_probs, samples, seed, RANK, WORLD)
+        return sampler.set_epoch(epoch).indices().reshape(steps, -1)
+
+    def batches(self, groups, key):
+        """Training batches (x, y) of the index arrays in `groups`: augmented, x normalised float
+        n x 3 x H x W, y (n,) or n x K. key: ints that fix the augmentation."""
+        for x, rows in zip(self.sources["train"].augmented(groups, key), groups):
+            yield normalize(x, self.mean, self.std), self.labels[to_device(rows, self.device)]
+
+    def clean_batches(self, groups):
+        """Training images of the index arrays in `groups`, normalised but not augmented."""
+        for x in self.sources["train"].clean(groups):
+            yield normalize(x, self.mean, self.std)
+
+    @torch.no_grad()
+    def predict(self, network, part, views=0, seed=0):
+        """Logits of a split's images and of `views` random crop-and-flip views of each, float32
+        (1 + views) x N x K on the device.
+
+        The views depend on the seed alone, so every network sees the same. Processes share the
+        work and all get the whole.
+        """
+        network.eval()
+        source = self.sources[part]
+        n = len(getattr(self.data, part))
+        logits = torch.zeros(1 + views, n, self.data.num_classes, device=self.device)
+        starts = range(RANK * source.batch, n, WORLD * source.batch)
+        groups = [np.arange(start, min(start + source.batch, n)) for start in starts]
+        for rows, images in zip(groups, source.clean(groups)):
+            seen = [images]
+            for view in range(1, 1 + views):
+                rng = np.random.default_rng([seed, 3, view, rows[0]])
+                seen.append(crop_flip(images, rng, images.shape[-1] // 8))
+            found = network(normalize(torch.cat(seen), self.mean, self.std))
+            logits[:, rows[0]:rows[-1] + 1] = found.view(1 + views, len(rows), -1)
+        return all_sum(logits)
+
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
 
-    name: cifar10, cifar100 (ROOT/NAME.npz when it is there, else torchvision's files and download); imagenet_lt,
-    places_lt, inat18 (the published list files, in `lists` or `root`; images under `root`); voc_mlt, coco_mlt, miml,
-    nuswide_scene (several labels an image); synth (made on the spot); the path of an .npz (keys train_images
-    train_labels test_images test_labels, and val_* if it has them; two-dimensional labels are 0/1, several an image);
-    of a folder with train/CLASS/* and test/ or val/; or of one that `pack` wrote. imb: ratio of the largest class to
-    the smallest, or "keep": the data as they are; None is 100 for cifar, 60 for synth and "keep" elsewhere. imb_type:
-    exp or step. size: side in pixels to which photographs on disk are brought (224). Without a validation split of its
-    own, the training images that the long-tailed draw leaves out (50 a class at most) are it. Raises InputError.
+    name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
+    val_* if it has them; two-dimensional labels are 0/1, several per image), a folder with
+    train/CLASS/* and test/ or val/, or a folder that `pack` wrote. root: where cifar and listed
+    images are; lists: where published list files are (default: root).
+
+    imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
+    for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
+    which photographs are brought (224). A dataset without validation images gets those that the
+    long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
     """
-    imb = DEFAULT_IMB.get(name) if imb is None else imb
-    if imb is None and imb_type == "step":
+    imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
+    if imb == "keep" and imb_type == "step":
         raise InputError("--imb-type step: give the ratio as --imb")
-    imb = None if imb == "keep" else imb
-    if imb is not None and not 1 <= imb < math.inf:
-        raise InputError(f"--imb {imb:g}: the largest class over the smallest; give a number of at least 1")
+    if imb != "keep" and not 1 <= imb < math.inf:
+        raise InputError(f"--imb {imb:g}: the largest class over the smallest; give at least 1")
     if size is not None and size < 8:
         raise InputError(f"--size {size}: the side of an image in pixels; give at least 8")
-    path, root, crop, source = Path(name), Path(root), None, name
-    if name == "synth":
-        if imb_type != "exp":
-            raise InputError(f"--imb-type {imb_type}: synth knows exp alone")
-        arrays, imb = synthetic(imb or 1, split_seed), None
-    elif name in ("cifar10", "cifar100"):
-        source = root / f"{name}.npz" if (root / f"{name}.npz").exists() else f"torchvision in {root}"
-        arrays = read_npz(source) if isinstance(source, Path) else torchvision_cifar(name, root)
-    elif name in LISTED:
-        arrays, source = LISTED[name](root, Path(lists or root), size or 224, split_seed), root
-    elif path.suffix == ".npz":
-        arrays = read_npz(path)
-    elif (path / "train_images.npy").is_file():
-        arrays = read_packed(path)
-        name, side = arrays["name"], arrays["train_images"].shape[1]
-        crop = (size or side * 224 // 256) if arrays["photographs"] else None
-        if crop and crop > side:
-            raise InputError(f"--size {crop}: {path} holds images of {side} pixels; pack larger ones or take less")
-    elif path.is_dir():
-        arrays = read_folder(path, size or 224)
-    else:
-        raise InputError(f"--dataset {name}: unknown; take cifar10, cifar100, {', '.join(LISTED)}, synth, an "
-                         "existing .npz or a folder with train/ and test/")
-    splits, names = check_arrays(source, arrays)
-    train, k = splits["train"], len(names)
-    if imb is not None:
-        try:  # a file may hold each class only as far as some split needs it, but its largest class whole
-            counts = longtail_counts(k, int(class_counts(train.labels, k).max()), imb, imb_type)
-            draw = longtail_multilabel if train.labels.ndim == 2 else longtail_indices
-            kept, left = draw(train.labels, counts, split_seed)
-        except ValueError as error:
-            raise InputError(f"{source} with --imb {imb:g}: {error}") from None
-        if class_counts(train.labels[kept], k).min() == 0:
-            raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; take less")
-        splits.setdefault("val", Split(train.images[left], train.labels[left]))
-        train = Split(train.images[kept], train.labels[kept])
+    arrays = read_dataset(name, Path(root), Path(lists or root), split_seed)
+    source = str(arrays["source"])
+    splits, class_names = check_arrays(source, arrays)
+    if imb != "keep":
+        splits = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
+    train = splits["train"]
     val = splits.get("val", Split(train.images[:0], train.labels[:0]))
-    return Dataset(name, train, val, splits["test"], class_counts(train.labels, k), names, str(source), crop)
+    counts = class_counts(train.labels, len(class_names))
+    shown = image_size(source, train.images, size, arrays.get("photographs", False))
+    name = str(arrays.get("name", name))
+    return Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
+
+
+def read_dataset(name, root, lists, split_seed):
+    """What a reader finds, {"train_images": .., "train_labels": .., .., "source": what was read}.
+    Arguments: see load_dataset. Raises InputError."""
+    path = Path(name)
+    if name in READERS:
+        return {"source": root} | READERS[name](root, lists, split_seed)
+    if path.suffix == ".npz":
+        return {"source": path} | read_npz(path)
+    if (path / "train_images.npy").is_file():
+        return {"source": path} | read_packed(path)
+    if path.is_dir():
+        return {"source": path} | read_folder(path)
+    raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz or "
+                     "a folder with train/ and test/")
+
+
+def recipe_name(dataset):
+    """The name whose recipe a --dataset has: its own; what was packed; "default" for another
+    .npz, "folder" for another folder."""
+    path = Path(dataset)
+    if (path / "train_images.npy").is_file():
+        return read_about(path)["name"]
+    if path.suffix == ".npz" and path.is_file():
+        with reading(path), np.load(path) as file:
+            return str(file["name"]) if "name" in file.files else "default"
+    return "folder" if path.is_dir() else dataset
+
+
+def image_size(source, images, size, packed):
+    """(size, resize, photographs) of a Dataset from its images and --size. packed: they are
+    photographs that `pack` made squares of. Raises InputError."""
+    if on_disk(images):
+        side = size or 224
+        return (side, side), round(side * 256 / 224), True
+    height, width = images.shape[1:3]
+    if packed:
+        side = size or height * 224 // 256
+        if side > height:
+            raise InputError(f"--size {side}: {source} holds images of {height} pixels; pack "
+                             "larger ones or take less")
+        return (side, side), height, True
+    if size not in (None, height):
+        raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which are used "
+                         "as they are; leave it out")
+    return (height, width), max(height, width), False
+
+
+def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
+    """The splits with a long-tailed draw of the training images, and those that it leaves out as
+    validation images unless there are some. Raises InputError."""
+    train = splits["train"]
+    draw = longtail_multilabel if train.labels.ndim == 2 else longtail_indices
+    try:  # a file may hold each class only as far as some split needs it, but its largest whole
+        n_max = int(class_counts(train.labels, num_classes).max())
+        counts = longtail_counts(num_classes, n_max, imb, imb_type)
+        kept, left = draw(train.labels, counts, split_seed)
+    except ValueError as error:
+        raise InputError(f"{source} with --imb {imb:g}: {error}") from None
+    if class_counts(train.labels[kept], num_classes).min() == 0:
+        raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; "
+                         "take less")
+    drawn = Split(train.images[kept], train.labels[kept])
+    spare = Split(train.images[left], train.labels[left])
+    return {"val": spare} | splits | {"train": drawn}
+
+
+# ----------------------------------------------------------------------------------------- checks
+
 
 def check_arrays(source, arrays):
-    """({"train", "test" and perhaps "val": Split}, class names) from what a reader gave; grey images get three
-    channels. Raises InputError for wrong shapes, types or labels, an empty split and a class without a training
-    image."""
-    names = [str(n) for n in arrays["class_names"]] if arrays.get("class_names") is not None else None
+    """({"train", "test" and perhaps "val": Split}, class names) from what a reader found.
+
+    Raises InputError for wrong shapes, types or labels, an empty split, and a class without a
+    training image.
+    """
+    labels = {part: whole_labels(source, arrays, part) for part in ("train", "val", "test")}
+    several = labels["train"].ndim == 2
+    names = arrays.get("class_names")
+    if names is None:
+        found = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
+        names = range(found)
+    names = [str(name) for name in names]
     splits = {}
     for part in ("train", "val", "test"):
-        key, images = f"{part}_labels", arrays.get(f"{part}_images")
-        labels = np.asarray(arrays.get(key, []))
-        if part == "val" and (images is None or not len(images) + len(labels)):
-            continue  # an empty validation split counts as none
-        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # MedMNIST keeps a column
-        whole = labels.dtype.kind in "iufb" and np.array_equal(labels, labels.astype(np.int64))
-        if not whole or labels.ndim not in (1, 2):
-            raise InputError(f"{source}: {key} is {labels.dtype} {labels.shape}; store one whole number an image, or a "
-                             "row of 0 and 1")
-        if not len(labels):
-            raise InputError(f"{source}: {key} is empty; there must be images to train on and to test on")
-        several = labels.ndim == 2
-        if several and not 0 <= labels.min() <= labels.max() <= 1:
-            raise InputError(f"{source}: {key} holds numbers from {labels.min()} to {labels.max()}; several labels an "
-                             "image are marked by 0 and 1")
-        if several and not labels.any(1).all():
-            raise InputError(f"{source}: {key} has {int((~labels.any(1)).sum())} images without a label, the first is "
-                             f"image {int(labels.any(1).argmin())}; leave them out")
-        if not isinstance(images, ImageFiles):
-            images = np.repeat(images[..., None], 3, axis=3) if images.ndim == 3 else images
-            if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-                raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, N x H x W "
-                                 "x 3 or N x H x W")
-        if part == "train":
-            multi, k = several, len(names) if names else labels.shape[1] if several else int(labels.max()) + 1
-        if labels.shape != ((len(images), k) if multi else (len(images),)):
-            wanted = f"a row of {k} an image" if multi else "one number an image"
-            raise InputError(f"{source}: {key} has shape {labels.shape} for {len(images)} images; store {wanted}"
-                             + ", as in train_labels" * (part != "train"))
-        if not multi and not 0 <= labels.min() <= labels.max() < k:
-            raise InputError(f"{source}: {key} run from {labels.min()} to {labels.max()}; they must lie in 0..{k - 1}")
-        splits[part] = Split(images, labels.astype(np.uint8 if multi else np.int64))
-    counts = class_counts(splits["train"].labels, k)
+        images = arrays.get(f"{part}_images")
+        absent = images is None or len(images) + len(labels[part]) == 0
+        if absent and part == "val":
+            continue
+        images = check_images(source, part, images)
+        check_labels(source, part, labels[part], len(images), len(names), several)
+        kind = np.uint8 if several else np.int64
+        splits[part] = Split(images, labels[part].astype(kind))
+    counts = class_counts(splits["train"].labels, len(names))
     if counts.min() == 0:
-        raise InputError(f"{source}: class {int(counts.argmin())} has no training image; drop the class or add images")
-    return splits, names or [str(c) for c in range(k)]
+        raise InputError(f"{source}: class {names[int(counts.argmin())]} has no training image; "
+                         "drop the class or add images")
+    return splits, names
 
-# -------------------------------------------------------------------------------------------------------------- readers
+
+def whole_labels(source, arrays, part):
+    """The labels of a split as a whole-number array (N,) or N x K, empty if there are none.
+    Raises InputError for anything else."""
+    labels = np.asarray(arrays.get(f"{part}_labels", []))
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # MedMNIST keeps a column
+    whole = labels.dtype.kind in "iufb" and np.array_equal(labels, labels.astype(np.int64))
+    if not whole or labels.ndim not in (1, 2):
+        raise InputError(f"{source}: {part}_labels is {labels.dtype} {labels.shape}; store one "
+                         "whole number per image, or a row of 0 and 1")
+    return labels
+
+
+def check_images(source, part, images):
+    """The images of a split, grey ones with three channels. Raises InputError."""
+    if on_disk(images):
+        return images
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=3)
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, "
+                         "N x H x W x 3 or N x H x W")
+    return images
+
+
+def check_labels(source, part, labels, num_images, num_classes, several):
+    """Raise InputError for labels of a wrong shape or out of range."""
+    key = f"{part}_labels"
+    if not len(labels):
+        raise InputError(f"{source}: {key} is empty; there must be images to train and test on")
+    shape = (num_images, num_classes) if several else (num_images,)
+    if labels.shape != shape:
+        wanted = f"a row of {num_classes} per image" if several else "one number per image"
+        hint = "" if part == "train" else ", as in train_labels"
+        raise InputError(f"{source}: {key} has shape {labels.shape} for {num_images} images; "
+                         f"store {wanted}{hint}")
+    least, most = labels.min(), labels.max()
+    if several and not 0 <= least <= most <= 1:
+        raise InputError(f"{source}: {key} holds numbers from {least} to {most}; several labels "
+                         "per image are marked by 0 and 1")
+    if not 0 <= least <= most < num_classes:
+        raise InputError(f"{source}: {key} run from {least} to {most}; they must lie in "
+                         f"0..{num_classes - 1}")
+
+
+# ---------------------------------------------------------------------------------------- readers
+
 
 @contextmanager
 def reading(path, remedy="copy or download it again"):
-    """Whatever goes wrong within, reading the file `path`, is an InputError of one line that says what to do."""
+    """Whatever goes wrong within, reading the file `path`, becomes an InputError of one line."""
     try:
         yield
     except (InputError, MemoryError):
@@ -548,313 +879,532 @@ def reading(path, remedy="copy or download it again"):
     except FileNotFoundError as error:
         raise InputError(f"{error.filename or path}: no such file; {remedy}") from None
     except Exception as error:  # a cut or garbled file fails in a dozen ways
-        why = str(error).strip().split("\n")[0][:100]
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {why}); {remedy}") from None
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}" \
+            if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: cannot be read ({why}); {remedy}") from None
+
+
+def write_file(path, write, keep_previous=False):
+    """Call write(temporary path) in process 0, then rename the file to `path`: a reader sees the
+    old file or the new one, never half. keep_previous: the old one stays as *.prev.
+
+    Raises InputError when there is no room or no right to write; what was there is then as it was.
+    """
+    if RANK:
+        return
+    tmp = Path(f"{path}.tmp")
+    try:
+        write(tmp)
+        if keep_previous and Path(path).exists():
+            os.replace(path, f"{path}.prev")
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as RuntimeError
+        if "CUDA" in str(error):
+            raise
+        tmp.unlink(missing_ok=True)
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room, "
+                         "then run it again (with --resume)") from None
+
+
+def read_checkpoint(path):
+    """What torch.save wrote to `path`, on the CPU, or the one before it (*.prev) if it is damaged
+    or gone; {} when there is neither. Raises InputError when none of them can be read."""
+    found = [name for name in (str(path), f"{path}.prev") if os.path.exists(name)]
+    for name in found:
+        try:
+            return torch.load(name, map_location="cpu", weights_only=True)
+        except Exception:  # torch.load raises half a dozen kinds for a cut or garbled file
+            print(f"warning: {name} is damaged; trying the checkpoint before it", flush=True)
+    if found:
+        raise InputError(f"checkpoint {path} cannot be read: delete it, start again without "
+                         "--resume")
+    return {}
+
 
 def read_npz(path):
-    """The arrays of an .npz as a dict. Raises InputError when it is missing, damaged or lacks a key."""
+    """The arrays of an .npz as a dict. Raises InputError when it is damaged or lacks a key."""
     with reading(path), np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
-        for key in [k for k in arrays if k.endswith("_images") and arrays[k].ndim == 1]:  # packed --lossless
-            column = np.asarray(Image.open(io.BytesIO(arrays[key])))
-            arrays[key] = column.reshape(-1, column.shape[1], *column.shape[1:])
-    missing = [k for k in ("train_images", "train_labels", "test_images", "test_labels") if k not in arrays]
+    needed = ("train_images", "train_labels", "test_images", "test_labels")
+    missing = [key for key in needed if key not in arrays]
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
+        raise InputError(f"{path}: lacks {', '.join(missing)}; it has "
+                         f"{', '.join(arrays) or 'nothing'}")
     return arrays
 
-def pack(data, target, size, workers, lossless=False):
-    """Freeze a dataset's splits: in one file where `target` ends in .npz, else as arrays in a folder, read
-    memory-mapped (read_packed). Photographs become squares of size x size pixels, images in memory stay as they are;
-    lossless: square ones of an .npz as a column in a PNG, about 0.7 of the bytes, read back exactly."""
-    target, splits = Path(target), {part: getattr(data, part) for part in ("train", "val", "test")}
+
+def pack(data, target, size, workers):
+    """Freeze a dataset's splits, in one file where `target` ends in .npz, else as arrays in a
+    folder that are read memory-mapped (read_packed).
+
+    In a folder photographs become squares of size x size pixels; in a file they are what the
+    network sees. Images in memory stay as they are. Raises InputError.
+    """
+    target = Path(target)
+    about = {"name": recipe_name(data.name), "photographs": data.photographs,
+             "class_names": data.class_names}
     if target.suffix == ".npz":
-        arrays = {"class_names": np.array(data.class_names)}
-        for part, split in splits.items():
-            images, rows = split.images, np.arange(len(split))
-            if isinstance(images, ImageFiles):
-                empty = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
-                x = [*images.batches(rows, 256, workers)] or [empty]
-                images = torch.cat(x).permute(0, 2, 3, 1).numpy()
-            if lossless and len(images):
-                png = io.BytesIO()
-                Image.fromarray(images.reshape(-1, *images.shape[2:])).save(png, "PNG")
-                images = np.frombuffer(png.getvalue(), np.uint8)
-            arrays |= {f"{part}_images": images, f"{part}_labels": split.labels}
-        with open(f"{target}.tmp", "wb") as file:
-            np.savez(file, **arrays)
-        return Path(f"{target}.tmp").replace(target)
+        pack_file(data, target, about, workers)
+    else:
+        pack_folder(data, target, about, size, workers)
+
+
+def pack_file(data, target, about, workers):
+    """`pack` into an .npz: a zip with LZMA, which numpy.load reads."""
+    arrays = {}
+    for part in ("train", "val", "test"):
+        split = getattr(data, part)
+        arrays[f"{part}_labels"] = split.labels
+        arrays[f"{part}_images"] = split.images
+        if on_disk(split.images):
+            about["photographs"] = False  # cut to what the network sees
+            images = np.empty((len(split), *data.size, 3), np.uint8)
+            fill(images, split.images, centre_view(data.size, data.resize), workers, part)
+            arrays[f"{part}_images"] = images
+    arrays |= {key: np.array(value) for key, value in about.items()}
+
+    def write(tmp):
+        """One entry per array."""
+        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_LZMA) as archive:
+            for key, array in arrays.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+    write_file(target, write)
+
+
+def pack_folder(data, target, about, size, workers):
+    """`pack` into a folder of .npy files."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "about.json").unlink(missing_ok=True)  # written last: it marks a whole pack
-    for part, split in splits.items():
+    for part in ("train", "val", "test"):
+        split = getattr(data, part)
         np.save(target / f"{part}_labels.npy", split.labels)
-        if not isinstance(split.images, ImageFiles):
+        if not on_disk(split.images):
             np.save(target / f"{part}_images.npy", split.images)
             continue
-        tmp, start, files = target / f"{part}_images.tmp", 0, ImageFiles(split.images.paths, size)
-        out = np.lib.format.open_memmap(tmp, "w+", np.uint8, (len(files), size, size, 3))
-        for x in files.batches(np.arange(len(files)), 256, workers, "pack"):
-            out[start:start + len(x)] = x.permute(0, 2, 3, 1).numpy()
-            start += len(x)
-            print(f"\r{part} {start:,} of {len(files):,}", end="\n" if start == len(files) else "", flush=True)
-        out.flush()
+        tmp = target / f"{part}_images.tmp"
+        shape = (len(split), size, size, 3)
+        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
+        fill(images, split.images, centre_view((size, size), size), workers, part)
+        images.flush()
         tmp.replace(target / f"{part}_images.npy")
-    photographs = isinstance(data.train.images, ImageFiles) or data.crop is not None
-    about = {"name": known_name(data.name), "photographs": photographs, "class_names": data.class_names}
-    (target / "about.json").write_text(json.dumps(about))
+    write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
+
+
+def fill(images, paths, transform, workers, part):
+    """Decode the photographs `paths` into the uint8 array `images` N x H x W x 3."""
+    groups = np.split(np.arange(len(paths)), range(256, len(paths), 256))
+    done = 0
+    for x in decoded(paths, groups if len(paths) else [], transform, workers=workers):
+        images[done:done + len(x)] = x.permute(0, 2, 3, 1).numpy()
+        done += len(x)
+        print(f"\r{part} {done:,} of {len(paths):,}", end="", flush=True)
+    print()
+
+
+def read_about(folder):
+    """What `pack` wrote about a folder: name, photographs, class_names. Raises InputError."""
+    with reading(folder / "about.json", "write the folder again with --pack"):
+        about = json.loads((folder / "about.json").read_text())
+        return {key: about[key] for key in ("name", "photographs", "class_names")}
+
 
 def read_packed(folder):
-    """The arrays of a folder that `pack` wrote, images memory-mapped (copy on write). Raises InputError."""
+    """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
+    arrays = read_about(folder)
     with reading(folder, "write it again with --pack"):
-        arrays = {f"{part}_{key}": np.load(folder / f"{part}_{key}.npy", mmap_mode="c" if key == "images" else None)
-                  for part in ("train", "val", "test") for key in ("images", "labels")}
-        return arrays | json.loads((folder / "about.json").read_text())
+        for part in ("train", "val", "test"):
+            arrays[f"{part}_labels"] = np.load(folder / f"{part}_labels.npy")
+            images = np.load(folder / f"{part}_images.npy", mmap_mode="c")  # copy on write
+            arrays[f"{part}_images"] = images
+    return arrays
 
-def known_name(dataset):
-    """The name whose recipe a dataset has: its own; of a folder that `pack` wrote, that of what was packed; "cifar100"
-    for another .npz, "folder" for another path."""
-    folder = Path(dataset)
-    if (folder / "train_images.npy").is_file() and (folder / "about.json").is_file():
-        return json.loads((folder / "about.json").read_text())["name"]
-    return "cifar100" if folder.suffix == ".npz" else "folder" if folder.is_dir() else dataset
 
-def torchvision_cifar(name, root):
-    """CIFAR through torchvision (downloads when the files are absent, process 0 first). Raises InputError when that
-    fails."""
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+def read_cifar(name, root, lists=None, split_seed=0):
+    """CIFAR from ROOT/NAME.npz, else through torchvision, which downloads it when its files are
+    absent (process 0 first). Raises InputError when that fails."""
+    if (root / f"{name}.npz").exists():
+        return {"source": root / f"{name}.npz"} | read_npz(root / f"{name}.npz")
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         if RANK and dist.is_initialized():
             dist.barrier()
-        train, test = cls(root, train=True, download=True), cls(root, train=False, download=True)
-        if not RANK and dist.is_initialized():
+        train = kind(root, train=True, download=True)
+        test = kind(root, train=False, download=True)
+        if RANK == 0 and dist.is_initialized():
             dist.barrier()
     except Exception as error:
-        raise InputError(f"--data-root {root}: no {name} there and no download ({type(error).__name__}); put "
-                         f"{cls.filename} (unpacked, or {name}.npz) into it by hand") from None
-    return {"train_images": train.data, "train_labels": train.targets, "class_names": train.classes,
+        raise InputError(f"--data-root {root}: no {name} there and no download "
+                         f"({type(error).__name__}); put {kind.filename} (unpacked, or "
+                         f"{name}.npz) into it by hand") from None
+    return {"source": f"torchvision in {root}", "class_names": train.classes,
+            "train_images": train.data, "train_labels": train.targets,
             "test_images": test.data, "test_labels": test.targets}
 
-def read_folder(path, size):
-    """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*), as ImageFiles of size x size. Raises
-    InputError."""
-    parts = {p: path / p for p in ("train", "val", "test") if (path / p).is_dir()}
+
+IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
+
+
+def image_files(folder):
+    """Paths of the images below a folder, sorted. Names with a dot in front are ignored."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                found.append(os.path.join(parent, name))
+    return found
+
+
+def read_folder(path):
+    """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*). Raises InputError."""
+    parts = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
     if "train" not in parts or len(parts) == 1:
-        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has {[*parts] or 'neither'}")
+        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has "
+                         f"{[*parts] or 'neither'}")
     if "test" not in parts:  # report on val/, tune on what the long-tailed draw leaves out
         parts["test"] = parts.pop("val")
-    arrays = {}
+    names = class_folders(parts["train"])
+    files = {}
     for part, place in parts.items():
-        with reading(place, "every class folder needs images"):
-            folder = datasets.ImageFolder(place)
-        names = arrays.setdefault("class_names", folder.classes)
-        if unknown := sorted(set(folder.classes) - set(names)):
+        unknown = [name for name in class_folders(place) if name not in names]
+        if unknown:
             raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
-        arrays[f"{part}_images"] = ImageFiles([p for p, _ in folder.samples], size)
-        arrays[f"{part}_labels"] = np.array([names.index(c) for c in folder.classes])[folder.targets]
+        found = [image_files(place / name) for name in names]
+        if part == "train" and not all(found):
+            empty = names[[len(f) for f in found].index(0)]
+            raise InputError(f"{place / empty}: no image in it; every class folder needs some")
+        labels = np.repeat(np.arange(len(names)), [len(f) for f in found])
+        files[part] = [file for f in found for file in f], labels
+    return as_arrays(files, names)
+
+
+def class_folders(place):
+    """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
+    names = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise InputError(f"{place}: no class folders in it; every class needs a folder of images")
+    return names
+
+
+def as_arrays(parts, names):
+    """What a reader returns, from {part: (paths, labels)} and class names."""
+    arrays = {"class_names": names}
+    for part, (paths, labels) in parts.items():
+        arrays[f"{part}_images"] = np.array([str(p) for p in paths], dtype=object)
+        arrays[f"{part}_labels"] = labels
     return arrays
 
+
+def with_files(parts, root, names):
+    """as_arrays. Raises InputError when photographs are absent."""
+    everything = [path for paths, _ in parts.values() for path in paths]
+    absent = [path for path in everything if not os.path.exists(path)]
+    if absent:
+        raise InputError(f"--data-root {root}: {len(absent):,} of {len(everything):,} images are "
+                         f"not there, the first: {', '.join(absent[:3])}; put them there or give "
+                         "the folder that holds them")
+    return as_arrays(parts, names)
+
+
 def read_list(path):
-    """(paths, class indices of each) of a file of `path class ..` lines, or of iNaturalist's json: two lists. Raises
-    InputError."""
+    """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
+    iNaturalist's json. Raises InputError."""
+    path = Path(path)
     with reading(path, "give the folder of the published lists as --lists"):
-        text = Path(path).read_text()
-        if Path(path).suffix == ".json":
-            content = json.loads(text)
-            label = {a["image_id"]: a["category_id"] for a in content["annotations"]}
-            return [i["file_name"] for i in content["images"]], [[label[i["id"]]] for i in content["images"]]
-        rows = [line.split() for line in text.splitlines() if line.strip()]
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            classes = {a["image_id"]: a["category_id"] for a in content["annotations"]}
+            images = content["images"]
+            return [i["file_name"] for i in images], [[classes[i["id"]]] for i in images]
+        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
         return [row[0] for row in rows], [[int(c) for c in row[1:]] for row in rows]
 
-def find_list(lists, choices, published):
-    """The first of the files `choices` that is in `lists`, and its read_list; warns when there are not as many images
-    as published. Raises InputError."""
-    found = next((lists / c for c in choices if (lists / c).is_file()), None)
-    if found is None:
-        raise InputError(f"--lists {lists}: needs {' or '.join(choices)}; put the published list there")
-    paths, classes = read_list(found)
-    if len(paths) != published:
-        print(f"warning: {found} lists {len(paths):,} images, the published one {published:,}")
-    return found, paths, classes
 
-def with_files(parts, size, root, names):
-    """Arrays as read_npz gives them from {part: (paths, labels)}. Raises InputError when photographs are absent."""
-    everything = [path for paths, _ in parts.values() for path in paths]
-    if absent := [path for path in everything if not os.path.exists(path)]:
-        raise InputError(f"--data-root {root}: {len(absent):,} of {len(everything):,} images are not there, the first: "
-                         f"{', '.join(absent[:3])}; put them there or give the folder that holds them")
-    arrays = {f"{part}_images": ImageFiles(paths, size) for part, (paths, _) in parts.items()}
-    return arrays | {f"{part}_labels": labels for part, (_, labels) in parts.items()} | {"class_names": names}
+def find_list(lists, choices, published):
+    """(file, its paths, its classes): the first of the files `choices` that is in the folder
+    `lists`. Warns when it has not as many images as published. Raises InputError."""
+    there = [lists / name for name in choices if (lists / name).is_file()]
+    if not there:
+        raise InputError(f"--lists {lists}: needs {' or '.join(choices)}; put the published list "
+                         "there")
+    paths, classes = read_list(there[0])
+    if len(paths) != published:
+        print(f"warning: {there[0]} lists {len(paths):,} images, the published one {published:,}")
+    return there[0], paths, classes
+
 
 def multi_hot(rows, num_classes, source):
-    """uint8 0/1 N x K from a list of N lists of class indices. Raises InputError, naming `source`, when one is not in
-    0..K-1."""
+    """uint8 0/1 N x K from a list of N lists of class indices. Raises InputError, naming
+    `source`, when one is not in 0..K-1."""
     flat = np.array([c for row in rows for c in row] or [-1])
     if not 0 <= flat.min() <= flat.max() < num_classes:
-        raise InputError(f"{source}: classes {flat.min()} to {flat.max()}; they must lie in 0..{num_classes - 1}")
+        raise InputError(f"{source}: classes {flat.min()} to {flat.max()}; they must lie in "
+                         f"0..{num_classes - 1}")
     labels = np.zeros((len(rows), num_classes), np.uint8)
-    labels[np.repeat(np.arange(len(rows)), [len(r) for r in rows]), flat] = 1
+    image = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    labels[image, flat] = 1
     return labels
 
-# (classes, most and fewest images of one), then the lists and their lengths, as published: Liu et al., CVPR 2019
-# (ImageNet-LT, Places-LT); Van Horn et al., CVPR 2018 (iNaturalist 2018, whose validation images are the test set).
+
+# (classes, most and fewest images of one), then the lists and their lengths, as published: Liu et
+# al., CVPR 2019 (ImageNet-LT, Places-LT); Van Horn et al., CVPR 2018 (iNaturalist 2018, whose
+# validation images are the test set).
 PUBLISHED = {
-    "imagenet_lt": dict(classes=(1000, 1280, 5), train=(["ImageNet_LT_train.txt"], 115846),
-                        val=(["ImageNet_LT_val.txt"], 20000), test=(["ImageNet_LT_test.txt"], 50000)),
-    "places_lt": dict(classes=(365, 4980, 5), train=(["Places_LT_train.txt"], 62500), val=(["Places_LT_val.txt"], 7300),
-                      test=(["Places_LT_test.txt"], 36500)),
-    "inat18": dict(classes=(8142, 1000, 2), train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
-                   test=(["iNaturalist18_val.txt", "val2018.json"], 24426)),
+    "imagenet_lt": dict(
+        classes=(1000, 1280, 5),
+        train=(["ImageNet_LT_train.txt"], 115846),
+        val=(["ImageNet_LT_val.txt"], 20000),
+        test=(["ImageNet_LT_test.txt"], 50000),
+    ),
+    "places_lt": dict(
+        classes=(365, 4980, 5),
+        train=(["Places_LT_train.txt"], 62500),
+        val=(["Places_LT_val.txt"], 7300),
+        test=(["Places_LT_test.txt"], 36500),
+    ),
+    "inat18": dict(
+        classes=(8142, 1000, 2),
+        train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
+        test=(["iNaturalist18_val.txt", "val2018.json"], 24426),
+    ),
 }
 
-def read_published(name, root, lists, size, split_seed=0):
-    """imagenet_lt, places_lt or inat18 from its list files. Warns when a list has not the published number of images or
-    classes; raises InputError for an absent list and, before anything is trained, for images that are not on disk."""
-    base, parts = root / name if (root / name).is_dir() else root, {}
+
+def read_published(name, root, lists, split_seed=0):
+    """imagenet_lt, places_lt or inat18 from its list files.
+
+    Warns when a list has not the published number of images or classes. Raises InputError for an
+    absent list and, before anything is trained, for images that are not on disk.
+    """
+    base = root / name if (root / name).is_dir() else root
     lists = lists / name if (lists / name).is_dir() else lists
-    for part in (p for p in ("train", "val", "test") if p in PUBLISHED[name]):
-        found, paths, labels = find_list(lists, *PUBLISHED[name][part])
+    published = PUBLISHED[name]
+    parts = {}
+    for part in [part for part in ("train", "val", "test") if part in published]:
+        found, paths, classes = find_list(lists, *published[part])
         with reading(found, "its lines are `path class`: copy or download the list again"):
-            labels = np.array(labels, np.int64)[:, 0]
+            labels = np.array(classes, np.int64)[:, 0]
         if labels.min() < 0:
-            raise InputError(f"{found}: holds label {labels.min()}; copy or download the list again")
+            raise InputError(f"{found}: holds label {labels.min()}; copy or download it again")
         if part == "train":
-            counts = np.bincount(labels)
-            seen = len(counts), counts.max(), counts.min()
-            if seen != PUBLISHED[name]["classes"]:
-                print("warning: {} has {:,} classes of {}..{} images, the published one {:,} of {}..{}".format(
-                    found, *seen, *PUBLISHED[name]["classes"]))
-            names = [str(c) for c in range(len(counts))]
-            for path, label in zip(paths, labels.tolist()):
-                names[label] = path.rsplit("/", 2)[-2] if "/" in path else names[label]  # the image's folder
-        parts[part] = [f"{base}/{p}" for p in paths], labels
-    return with_files(parts, size, root, names)
+            names = published_names(found, paths, labels, published["classes"])
+        parts[part] = [f"{base}/{path}" for path in paths], labels
+    return with_files(parts, root, names)
 
-VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-       "sheep sofa train tvmonitor").split()
 
-def read_voc_mlt(root, lists, size, split_seed=0):
-    """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, by voc_mlt_train_labels.txt (`id class ..`) or the
-    published img_id.txt and VOC's annotations, tested on VOC 2007 test; torchvision's layout,
-    ROOT/VOCdevkit/VOC2012."""
-    from xml.etree import ElementTree
-    kit, parts = root / "VOCdevkit", {}
+def published_names(found, paths, labels, published):
+    """Class names: the folders of a training list's images, else numbers. Warns when its classes
+    and their largest and smallest number of images are not as published."""
+    counts = np.bincount(labels)
+    seen = (len(counts), counts.max(), counts.min())
+    if seen != published:
+        text = "{:,} classes of {}..{} images"
+        print(f"warning: {found} has {text.format(*seen)}, the published one "
+              f"{text.format(*published).replace('classes ', '').replace(' images', '')}")
+    names = [str(c) for c in range(len(counts))]
+    for path, label in zip(paths, labels.tolist()):
+        if "/" in path:
+            names[label] = path.rsplit("/", 2)[-2]
+    return names
 
-    def classes_in(year, id):
-        """The classes (indices, sorted) of an image, from its annotation."""
-        file = kit / year / "Annotations" / f"{id}.xml"
-        with reading(file, f"unpack {year} again"):
-            return sorted({VOC.index(o.findtext("name")) for o in ElementTree.parse(file).iter("object")})
+
+VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+       "person pottedplant sheep sofa train tvmonitor").split()
+
+
+def read_voc_mlt(root, lists, split_seed=0):
+    """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, tested on VOC 2007 test.
+
+    By voc_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and VOC's annotations.
+    Images in torchvision's layout, ROOT/VOCdevkit/VOC2012. Raises InputError.
+    """
+    kit = root / "VOCdevkit"
     tests = kit / "VOC2007" / "ImageSets" / "Main" / "test.txt"
     with reading(tests, "unpack VOC 2012 trainval and VOC 2007 test below the data root"):
-        ids = tests.read_text().split()
-    source, train, classes = find_list(lists, ("voc_mlt_train_labels.txt", "voc_mlt_img_id.txt", "img_id.txt"), 1142)
-    for part, year, rows, known in (("train", "VOC2012", train, classes), ("test", "VOC2007", ids, [()] * len(ids))):
-        labels = multi_hot([here or classes_in(year, i) for i, here in zip(rows, known)], 20, source)
-        parts[part] = [f"{kit}/{year}/JPEGImages/{i}.jpg" for i in rows], labels
-    return with_files(parts, size, root, VOC)
+        test_ids = tests.read_text().split()
+    choices = ("voc_mlt_train_labels.txt", "voc_mlt_img_id.txt", "img_id.txt")
+    source, train_ids, train_classes = find_list(lists, choices, 1142)
+    parts = {}
+    for part, year, ids, known in (
+        ("train", "VOC2012", train_ids, train_classes),
+        ("test", "VOC2007", test_ids, [[]] * len(test_ids)),
+    ):
+        rows = [classes or voc_classes(kit / year, i) for i, classes in zip(ids, known)]
+        paths = [f"{kit}/{year}/JPEGImages/{i}.jpg" for i in ids]
+        parts[part] = paths, multi_hot(rows, 20, source)
+    return with_files(parts, root, VOC)
 
-def read_coco_mlt(root, lists, size, split_seed=0):
-    """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, by coco_mlt_train_labels.txt (`id class ..`) or
-    the published img_id.txt and COCO's annotations, tested on COCO 2017 val; ROOT/train2017, val2017,
-    annotations/instances_val2017.json. Test images without an object are left out."""
-    def annotations(part):
-        """({image id: classes}, {image id: file name}, class names)"""
-        file, found = root / "annotations" / f"instances_{part}2017.json", {}
-        with reading(file, "unpack COCO 2017's annotations there"):
-            content = json.loads(file.read_text())
-            categories = sorted(content["categories"], key=lambda c: c["id"])
-            index = {c["id"]: i for i, c in enumerate(categories)}
-            for a in content["annotations"]:
-                found.setdefault(a["image_id"], set()).add(index[a["category_id"]])
-            return found, {i["id"]: i["file_name"] for i in content["images"]}, [c["name"] for c in categories]
-    source, train, classes = find_list(lists, ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.txt"), 1909)
-    found, files, names = annotations("val")
-    if not all(classes):
-        known = annotations("train")[0]
-        classes = [known.get(int(i), ()) for i in train]
-    parts = {"train": ([f"{root}/train2017/{i:0>12}.jpg" for i in train], multi_hot(classes, len(names), source)),
-             "test": ([f"{root}/val2017/{files[i]}" for i in found], multi_hot(list(found.values()), len(names), root))}
-    return with_files(parts, size, root, names)
 
-def read_miml(root, lists, size, split_seed=0):
-    """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels, in ROOT/miml or ROOT: images/1.jpg
-    .. and labels.csv, or the published `miml data.mat` (targets 5 x 2000). No official split: 40 % test and 10 %
-    validation, drawn by split_seed."""
+def voc_classes(folder, image_id):
+    """Class indices of an image, sorted, from its annotation in VOC's layout."""
+    file = folder / "Annotations" / f"{image_id}.xml"
+    with reading(file, f"unpack {folder.name} again"):
+        objects = ElementTree.parse(file).iter("object")
+        return sorted({VOC.index(entry.findtext("name")) for entry in objects})
+
+
+def read_coco_mlt(root, lists, split_seed=0):
+    """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, tested on COCO 2017 val.
+
+    By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and COCO's
+    annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images without
+    an object are left out. Raises InputError.
+    """
+    choices = ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.txt")
+    source, train_ids, train_classes = find_list(lists, choices, 1909)
+    found, files, names = coco_annotations(root, "val")
+    if not all(train_classes):
+        known = coco_annotations(root, "train")[0]
+        train_classes = [known.get(int(i), ()) for i in train_ids]
+    train_paths = [f"{root}/train2017/{i:0>12}.jpg" for i in train_ids]
+    test_paths = [f"{root}/val2017/{files[i]}" for i in found]
+    parts = {
+        "train": (train_paths, multi_hot(train_classes, len(names), source)),
+        "test": (test_paths, multi_hot(list(found.values()), len(names), root)),
+    }
+    return with_files(parts, root, names)
+
+
+def coco_annotations(root, part):
+    """({image id: set of classes}, {image id: file name}, class names) of COCO's train or val."""
+    file = root / "annotations" / f"instances_{part}2017.json"
+    with reading(file, "unpack COCO 2017's annotations there"):
+        content = json.loads(file.read_text())
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        index = {c["id"]: i for i, c in enumerate(categories)}
+        found = {}
+        for a in content["annotations"]:
+            found.setdefault(a["image_id"], set()).add(index[a["category_id"]])
+        files = {i["id"]: i["file_name"] for i in content["images"]}
+        return found, files, [c["name"] for c in categories]
+
+
+def read_miml(root, lists=None, split_seed=0):
+    """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels.
+
+    In ROOT/miml or ROOT: images/1.jpg .. and labels.csv, or the published `miml data.mat`
+    (targets 5 x 2000). There is no official split: 40 % are test and 10 % validation images,
+    drawn by split_seed. Raises InputError.
+    """
     base = root / "miml" if (root / "miml").is_dir() else root
-    table = base / "labels.csv"
-    with reading(base, f"put labels.csv or `miml data.mat` into {base}, the photographs into {base}/images"):
-        if table.is_file():
-            rows = [line.split(",") for line in table.read_text().splitlines() if line.strip()]
-            names, files, labels = rows[0][1:], [r[0] for r in rows[1:]], np.array([r[1:] for r in rows[1:]], np.int64)
+    remedy = f"put labels.csv or `miml data.mat` into {base}, the photographs into {base}/images"
+    with reading(base, remedy):
+        if (base / "labels.csv").is_file():
+            lines = (base / "labels.csv").read_text().split()
+            head, *rows = [line.split(",") for line in lines]
+            names = head[1:]
+            files = [row[0] for row in rows]
+            labels = np.array([row[1:] for row in rows], np.int64)
         else:
-            labels = (scipy.io.loadmat(base / "miml data.mat")["targets"].T > 0).astype(np.int64)
-            names, files = "desert mountains sea sunset trees".split(), [f"{i + 1}.jpg" for i in range(len(labels))]
-    order, n = np.random.RandomState(split_seed).permutation(len(files)), len(files)
-    rows = {"test": order[:n * 2 // 5], "val": order[n * 2 // 5:n // 2], "train": order[n // 2:]}
-    parts = {part: ([f"{base}/images/{files[i]}" for i in sorted(at)], labels[sorted(at)]) for part, at in rows.items()}
-    return with_files(parts, size, root, names)
+            targets = scipy.io.loadmat(base / "miml data.mat")["targets"]
+            labels = (targets.T > 0).astype(np.int64)
+            names = "desert mountains sea sunset trees".split()
+            files = [f"{i + 1}.jpg" for i in range(len(labels))]
+    n = len(files)
+    order = np.random.RandomState(split_seed).permutation(n)
+    parts = {}
+    for part, picked in (
+        ("test", order[:n * 2 // 5]),
+        ("val", order[n * 2 // 5:n // 2]),
+        ("train", order[n // 2:]),
+    ):
+        picked = np.sort(picked)
+        parts[part] = [f"{base}/images/{files[i]}" for i in picked], labels[picked]
+    return with_files(parts, root, names)
 
-SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass harbor house lake moon "
-          "mountain nighttime ocean plants railroad rainbow reflection road sky snow street sunset temple town valley "
-          "water waterfall window").split()
 
-def read_nuswide_scene(root, lists, size, split_seed=0):
-    """NUS-WIDE's 33 scenes (Chua et al., CIVR 2009) from its published files in `lists`, ImageList/TrainImagelist.txt
-    and Groundtruth/TrainTestLabels/Labels_SCENE_Train.txt, and the same of Test; photographs in ROOT/Flickr. Images
-    without a scene are left out."""
+SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass "
+          "harbor house lake moon mountain nighttime ocean plants railroad rainbow reflection road "
+          "sky snow street sunset temple town valley water waterfall window").split()
+
+
+def read_nuswide_scene(root, lists, split_seed=0):
+    """NUS-WIDE's 33 scenes (Chua et al., CIVR 2009) from its published files in `lists`:
+    ImageList/TrainImagelist.txt, Groundtruth/TrainTestLabels/Labels_SCENE_Train.txt, and the same
+    of Test. Photographs in ROOT/Flickr; those without a scene are left out. Raises InputError."""
     parts = {}
     for part in ("Train", "Test"):
         with reading(lists, "give the folder with NUS-WIDE's Groundtruth and ImageList as --lists"):
-            files = (lists / "ImageList" / f"{part}Imagelist.txt").read_text().replace("\\", "/").split()
-            truth = [lists / "Groundtruth" / "TrainTestLabels" / f"Labels_{scene}_{part}.txt" for scene in SCENES]
-            labels = np.array([file.read_text().split() for file in truth], np.int64).reshape(len(SCENES), len(files)).T
-        rows = np.flatnonzero(labels.any(1))
-        parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in rows], labels[rows]
-    return with_files(parts, size, root, SCENES)
+            listing = (lists / "ImageList" / f"{part}Imagelist.txt").read_text()
+            files = listing.replace("\\", "/").split()
+            folder = lists / "Groundtruth" / "TrainTestLabels"
+            truth = [(folder / f"Labels_{s}_{part}.txt").read_text().split() for s in SCENES]
+            labels = np.array(truth, np.int64).reshape(len(SCENES), len(files)).T
+        kept = np.flatnonzero(labels.any(1))
+        parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in kept], labels[kept]
+    return with_files(parts, root, SCENES)
 
-LISTED = {name: partial(read_published, name) for name in PUBLISHED} | {
-    "voc_mlt": read_voc_mlt, "coco_mlt": read_coco_mlt, "miml": read_miml, "nuswide_scene": read_nuswide_scene}
 
 def draw_shapes(labels, rng):
-    """uint8 n x 32 x 32 x 3: class c is one of five shapes (c // 2: disc, square, triangle, ring, cross), filled (c
-    even) or striped, of random place, size, colours and noise."""
+    """uint8 n x 32 x 32 x 3: class c is one of five shapes (c // 2: disc, square, triangle, ring,
+    cross), filled (c even) or striped, of random place, size, colours and noise."""
     yy, xx = np.mgrid[:32, :32].astype(np.float32)
     n = len(labels)
-    shape, striped = (labels // 2)[:, None, None], (labels % 2 == 1)[:, None, None]
+    shape = (labels // 2)[:, None, None]
+    striped = (labels % 2 == 1)[:, None, None]
     cx, cy = rng.uniform(13, 19, (2, n, 1, 1))
     r = rng.uniform(8, 12, (n, 1, 1))
-    u, v = (xx - cx) / r, (yy - cy) / r
-    rho, square = np.hypot(u, v), np.maximum(abs(u), abs(v))
+    u = (xx - cx) / r
+    v = (yy - cy) / r
+    distance = np.hypot(u, v)
+    square = np.maximum(abs(u), abs(v))
+    cross = (np.minimum(abs(u), abs(v)) < 0.3) & (distance < 1.1)
+    triangle = (v < 0.8) & (v > 2 * abs(u) - 1)
+    ring = (distance < 1.05) & (distance > 0.55)
     inside = np.select([shape == 0, shape == 1, shape == 2, shape == 3],
-                       [rho < 1, square < 0.85, (v < 0.8) & (v > 2 * abs(u) - 1), (rho < 1.05) & (rho > 0.55)],
-                       (np.minimum(abs(u), abs(v)) < 0.3) & (rho < 1.1))
-    slope, period = rng.choice([-1, 1], (n, 1, 1)), rng.uniform(1.3, 1.8, (n, 1, 1))
+                       [distance < 1, square < 0.85, triangle, ring], cross)
+    slope = rng.choice([-1, 1], (n, 1, 1))
+    period = rng.uniform(1.3, 1.8, (n, 1, 1))
     wave = np.sin((xx + yy * slope) * period + rng.uniform(0, 6, (n, 1, 1)))
     inside = inside * np.where(striped, 0.5 + 0.5 * wave, 1)
     back = rng.uniform(30, 130, (n, 1, 1, 3))
-    images = back + rng.uniform(40, 120, (n, 1, 1, 3)) * inside[..., None] + rng.normal(0, 30, (n, 32, 32, 3))
+    ink = rng.uniform(40, 120, (n, 1, 1, 3))
+    images = back + ink * inside[..., None] + rng.normal(0, 30, (n, 32, 32, 3))
     return images.clip(0, 255).astype(np.uint8)
 
-def synthetic(imb=60, seed=0):
-    """Ten classes of 32x32 images (draw_shapes), 300 down to 300 / imb for training, 30 for validation and 60 for
-    testing of each. The frequent classes teach what stripes are; the rare shapes are told apart by a handful of
-    images."""
-    names = [f"{fill} {s}" for s in ("disc", "square", "triangle", "ring", "cross") for fill in ("filled", "striped")]
-    rng, arrays = np.random.default_rng(seed), {"class_names": names}
-    for part, counts in (("train", longtail_counts(10, 300, imb)), ("val", [30] * 10), ("test", [60] * 10)):
-        arrays[f"{part}_labels"] = np.repeat(np.arange(10), counts)
-        arrays[f"{part}_images"] = draw_shapes(arrays[f"{part}_labels"], rng)
+
+def read_synth(root, lists=None, split_seed=0):
+    """Ten classes of 32x32 images (draw_shapes), per class 300 for training, of which the
+    long-tailed draw keeps a part, 30 for validation and 60 for testing."""
+    shapes = ("disc", "square", "triangle", "ring", "cross")
+    names = [f"{fill} {shape}" for shape in shapes for fill in ("filled", "striped")]
+    rng = np.random.default_rng(split_seed)
+    arrays = {"source": "synth", "class_names": names}
+    for part, per_class in (("train", 300), ("val", 30), ("test", 60)):
+        labels = np.repeat(np.arange(10), per_class)
+        arrays[f"{part}_labels"] = labels
+        arrays[f"{part}_images"] = draw_shapes(labels, rng)
     return arrays
 
-# --------------------------------------------------------------------------------------------------- flags, as a script
+
+READERS = {  # --dataset: reader(root, lists, split_seed) -> arrays
+    "cifar10": partial(read_cifar, "cifar10"),
+    "cifar100": partial(read_cifar, "cifar100"),
+    "imagenet_lt": partial(read_published, "imagenet_lt"),
+    "places_lt": partial(read_published, "places_lt"),
+    "inat18": partial(read_published, "inat18"),
+    "voc_mlt": read_voc_mlt,
+    "coco_mlt": read_coco_mlt,
+    "miml": read_miml,
+    "nuswide_scene": read_nuswide_scene,
+    "synth": read_synth,
+}
+
+
+# ------------------------------------------------------------------------------ flags, as a script
+
 
 class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        return action.help + " (default %(default)s)" * (action.default not in (None, False))
+        default = action.default not in (None, False)
+        return f"{action.help} (default %(default)s)" if default else action.help
+
 
 def argument_parser(description):
-    """An ArgumentParser whose complaints are one line and exit code 2, as all others of the scripts; --help has the
-    defaults."""
+    """An ArgumentParser whose complaints are InputErrors, one line and exit code 2, as all others
+    of the scripts; --help has the defaults."""
     def error(message):
         """What argparse calls with a complaint."""
         raise InputError(f"{message}; --help lists the flags")
@@ -862,89 +1412,114 @@ def argument_parser(description):
     parser.error = error
     return parser
 
-def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf, several=False):
-    """A flag's type: a finite number with least <= n <= most and above < n < below; several: a list, of
-    numbers with commas between."""
+
+def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf):
+    """A flag's type: a finite number with least <= n <= most and above < n < below."""
     def read(text):
-        """The number or list that the text says; argparse shows what is raised."""
-        values = [kind(part) for part in (text.split(",") if several else [text])]
-        if not all(least <= v <= most and above < v < below and math.isfinite(v) for v in values):
-            limits = dict(zip(("at least", "above", "at most", "below"), (least, above, most, below)))
-            said = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
-            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(said) or 'finite'}")
-        return values if several else values[0]
+        """The number that the text says; argparse shows what is raised."""
+        value = kind(text)
+        inside = least <= value <= most and above < value < below
+        if not inside or not math.isfinite(value):
+            limits = {"at least": least, "above": above, "at most": most, "below": below}
+            said = [f"{word} {n:g}" for word, n in limits.items() if math.isfinite(n)]
+            must = " and ".join(said) or "finite"
+            raise argparse.ArgumentTypeError(f"{text}: must be {must}")
+        return value
     read.__name__ = kind.__name__  # for "invalid float value"
     return read
 
-def shifts(text):
-    """The type of --test-shift, as "forward:50,uniform,backward:50": the list that `shifted` reads."""
-    for part in text.split(","):
-        number(least=1)(part.partition(":")[2] or "1")
-    return [*shifted([0.0], [1], text.split(","))]
+
+def several(kind):
+    """A flag's type: a list of what the type `kind` reads, with commas between."""
+    def read(text):
+        """The list that the text says."""
+        return [kind(part) for part in text.split(",")]
+    read.__name__ = f"{kind.__name__} list"
+    return read
+
+
+def ratio(text):
+    """The type of --imb: a number, or "keep"."""
+    return text if text == "keep" else float(text)
+
 
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="cifar100", help=f"cifar10, cifar100, {', '.join(LISTED)}, synth, or the path of an .npz "
-                                              "or an image folder")
-    add("--data-root", default="data", help="where NAME.npz, torchvision's files or listed images are")
+    add("--dataset", default="cifar100",
+        help=f"{', '.join(READERS)}, or the path of an .npz or an image folder")
+    add("--data-root", default="data",
+        help="where NAME.npz, torchvision's files or listed images are")
     add("--lists", help="folder of the published list files (default: the data root)")
-    add("--imb", type=lambda text: text if text == "keep" else float(text), help="largest class over smallest, or "
-        "keep: the data as they are (default: cifar 100, synth 60, else keep)")
+    add("--imb", type=ratio,
+        help="largest class over smallest, or keep: the data as they are (default: cifar 100, "
+             "synth 60, else keep)")
     add("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts")
-    add("--split-seed", type=number(int, 0, below=2 ** 32), default=0, help="images the split keeps; 0: LDAM-DRW's")
-    add("--size", type=int, help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
+    add("--split-seed", type=number(int, 0, below=2 ** 32), default=0,
+        help="images the split keeps; 0: LDAM-DRW's")
+    add("--size", type=int,
+        help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
+
 
 def describe(data, split_seed):
     """Print what a dataset is: its images, and its classes by group."""
-    counts, groups = data.counts, ", ".join(f"{len(c)} {g}" for g, c in data.groups.items())
-    print(f"{data.name} from {data.source}, split seed {split_seed}: {data.num_classes} classes ({groups}), "
-          f"{len(data.train):,} train ({counts.max()}..{counts.min()} a class), {len(data.val):,} val, "
-          f"{len(data.test):,} test", flush=True)
+    groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
+    most, fewest = data.counts.max(), data.counts.min()
+    print(f"{data.name} from {data.source}, split seed {split_seed}: {data.num_classes} classes "
+          f"({groups}), {len(data.train):,} train ({most}..{fewest} per class), "
+          f"{len(data.val):,} val, {len(data.test):,} test", flush=True)
 
-def draw_histogram(data, path):
-    """Training images per class, most frequent first, coloured by group (needs matplotlib)."""
-    from matplotlib.figure import Figure
-    order, figure = np.argsort(-data.counts, kind="stable"), Figure((7, 3), layout="tight")
-    axes = figure.add_subplot(title=f"{data.name}: training images of each class, most frequent first")
-    for group, colour in zip(GROUPS, ("tab:blue", "tab:orange", "tab:red")):
-        at = np.flatnonzero(np.isin(order, data.groups[group]))
-        axes.bar(at, data.counts[order[at]], width=1.0, color=colour, label=group)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+
+def show_split(data):
+    """Print a table of images by class group, and a histogram of training images per class."""
+    rows = {name: {"classes": len(classes)} for name, classes in data.groups.items()}
+    for part in ("train", "val", "test"):
+        per_class = class_counts(getattr(data, part).labels, data.num_classes)
+        for name, classes in data.groups.items():
+            rows[name][part] = int(per_class[classes].sum())
+    print(table("group", rows, ("classes", "train", "val", "test"), ",d"))
+    descending = np.sort(data.counts)[::-1]
+    for part in np.array_split(descending, min(20, data.num_classes)):
+        bar = "#" * max(1, round(60 * part.mean() / data.counts.max()))
+        print(f"{part.mean():8.0f} {bar}")
+
 
 def main():
     """Show a split; freeze it with --pack."""
     parser = argument_parser("show a long-tailed split, or freeze it into one file")
     add_data_arguments(parser)
-    parser.add_argument("--pack", metavar="FILE.npz|FOLDER", help="write exactly these train, val and test images into "
-                        "a file, or as arrays of --size pixels (256) into a folder, to be read memory-mapped")
-    parser.add_argument("--lossless", action="store_true", help="with --pack FILE.npz: square images as PNG, smaller")
-    parser.add_argument("--workers", type=number(int, 0), default=WORKERS, help="decoders for --pack")
-    parser.add_argument("--figure", metavar="FILE.png", help="draw the histogram (needs matplotlib)")
+    parser.add_argument(
+        "--pack", metavar="FILE.npz|FOLDER",
+        help="write exactly these train, val and test images into a file, or as arrays of --size "
+             "pixels (256) into a folder, to be read memory-mapped")
+    parser.add_argument("--workers", type=number(int, 0), default=WORKERS,
+                        help="processes that decode photographs for --pack")
     args = parser.parse_args()
-    for flag, path in (("--pack", args.pack), ("--figure", args.figure)):  # a folder to pack into is made
-        if path and (flag == "--figure" or path.endswith(".npz")) and not Path(path).parent.is_dir():
-            raise InputError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
+    file = args.pack and args.pack.endswith(".npz")
+    if file and not Path(args.pack).parent.is_dir():
+        raise InputError(f"--pack {args.pack}: there is no folder {Path(args.pack).parent}; make "
+                         "it first")
+    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
+                        args.size, args.lists)
     describe(data, args.split_seed)
-    parts = {part: class_counts(getattr(data, part).labels, data.num_classes) for part in ("train", "val", "test")}
-    rows = {name: {"classes": len(at), **{part: int(n[at].sum()) for part, n in parts.items()}}
-            for name, at in data.groups.items()}
-    print(table("group", rows, ("classes", *parts), ",d"))
-    for part in np.array_split(np.sort(data.counts)[::-1], min(20, len(data.counts))):  # the histogram as text
-        print(f"{part.mean():8.0f} {'#' * max(1, round(60 * part.mean() / data.counts.max()))}")
-    if args.figure:
-        with reading("--figure", "it needs matplotlib: pip install matplotlib"):
-            draw_histogram(data, args.figure)
-        print(f"figure: {args.figure}")
+    show_split(data)
     if args.pack:
-        pack(data, args.pack, args.size or 256, args.workers, args.lossless)
+        pack(data, args.pack, args.size or 256, args.workers)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
 
-if __name__ == "__main__":
+
+def run_script(main):
+    """Call main() as a script: bad input is one line on stderr and exit code 2."""
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = f" in process {RANK}" if RANK else ""
+        print(f"error{process}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,79 +1,235 @@
 # SPDX-License-Identifier: MIT
-"""DO: Decoupled Optimisation for Long-Tailed Visual Recognition (Cong et al., AAAI 2024, 38(2), 1380-1388), in one
-file.
+"""DO: Decoupled Optimisation for Long-Tailed Visual Recognition (Cong et al., AAAI 2024, 38(2),
+1380-1388), the whole method in one file.
 
-A network is trained in stages, for many-, medium- and few-shot classes, each with its own draws and margin (CPO). After
-a stage a Taylor score decides which weights the stage keeps, frozen; the others start afresh in the next (TPD). The
-nested sub-models answer together, mixed for each test image (test time).
+One network is trained in stages, for many-, medium- and few-shot classes, each with its own draws
+and margin (CPO). After a stage a Taylor score decides which weights the stage keeps, frozen; the
+others start afresh in the next stage (TPD). The weights of stages 1..t are sub-model t. The
+sub-models answer together, mixed for each test image (test time).
 
-    python do_lt.py --dataset synth                                   a minute on two CPU cores
-    python do_lt.py --dataset cifar100 --imb 100 --data-root data     CIFAR-100-LT, two stages; README has the figures
-    python do_lt.py --dataset cifar100 --imb 100 --recipe paper       every value as the paper has it
-    python do_lt.py --dataset cifar100 --imb 100 --resume             go on after an interruption
+    python do_lt.py --dataset synth                                  a minute on two CPU cores
+    python do_lt.py --dataset cifar100 --imb 100 --data-root data    CIFAR-100-LT: expect 52.5 %
+    python do_lt.py --dataset cifar100 --imb 100 --recipe paper      every value as published
+    python do_lt.py --dataset cifar100 --imb 100 --resume            go on after an interruption
+    python models.py runs/NAME/model.pt PHOTOS                       label new photographs
 """
+import csv
+import json
 import math
-from contextlib import suppress
-from itertools import combinations
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from torch.fx.experimental.optimization import fuse
 from torch.optim.swa_utils import update_bn
 
-from data_lt import (GROUPS, RANK, WORLD, InputError, crop_flip, describe, expected_calibration_error, group_accuracy,
-                     group_means, load_dataset, mixup, normalize, number, reading, shifted)
-from models import (all_sum, autocast, build_model, clock, distribute, fill_in, learning_rates, plain_state, ready,
-                    run_script, script_parser, start, stop_unless_finite)
-from models import OWNER, add_owner_masks, keep_stage_rest, owned_layers, submodel_state, weight_layers
+from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, Loader,
+                     add_data_arguments, all_sum, argument_parser, describe, draw_bars,
+                     expected_calibration_error, group_accuracy, group_means, load_dataset, mixup,
+                     number, read_checkpoint, reading, recipe_name, run_script, several, table,
+                     write_file)
+from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, clock,
+                    keep_stage_rest, owned_layers, plain_state, precision_rates, submodel_state,
+                    timm_stats, weight_layers)
 
-# Defaults by dataset; every value is a flag, one number a stage where there are several. "paper": what its
-# "Implementation Details" say, on top of the dataset's (its rate there is a tenth in the later stages).
-LARGE = dict(arch="resnet50", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], rho=0.8, gamma=[0.5, 0.8], batch_size=256)
+# ------------------------------------------------------------------------------ recipes and flags
+
+# Defaults by dataset. Every value is a flag; lists have one value per stage.
+PHOTOGRAPHS = dict(arch="resnet50", order="many,medium,few", epochs=[100, 50, 50], rho=0.8,
+                   batch_size=256)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
-    "cifar100": dict(mixup=0.4),
-    "cifar100 imb 50": dict(gamma=[0.5, 0.6], mixup=0.4),
-    "cifar100, two stages": dict(order="many,few", epochs=[150, 50], gamma=[0.5], mixup=0.4),  # validation's choice
-    "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3, warmup=1),
-    "imagenet_lt": LARGE,
-    "places_lt": LARGE | dict(arch="resnet152", pretrained=1),
-    "inat18": LARGE | dict(gamma=[0.5, 0.6], importance_images=4),
-    "folder": LARGE,
-    "default": dict(arch="resnet32", order="many,medium,few", epochs=[100, 50, 50], lr=[0.1, 0.05, 0.05], warmup=5,
-                    schedule="cosine", mixup=0.0, batch_size=128, aug="strong", rho=0.7, gamma=[0.5, 0.8], reinit=0.25,
-                    tpd_iters=20, pretrained=0, importance_images=20, prune_classifier=0, agg="product"),
-    "paper": dict(batch_size=256, lr=[0.05, 0.005, 0.005], schedule="constant", warmup=0, mixup=0.0,
-                  reinit=1.0, tpd_iters=1, prune_classifier=1, agg="instance", aug="strong"),
+    "cifar100": dict(order="many,few", epochs=[150, 50], mixup=0.4),  # chosen on validation images
+    "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3,
+                  warmup=1),
+    "imagenet_lt": PHOTOGRAPHS,
+    "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
+    "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
+    "folder": PHOTOGRAPHS,
+    "default": dict(
+        arch="resnet32",
+        pretrained=0,
+        order="many,medium,few",
+        epochs=[100, 50, 50],
+        lr=[0.1, 0.05, 0.05],   # peak rate of each stage
+        schedule="cosine",      # of the rate after stage 1
+        warmup=5,               # epochs over which the rate rises at the start of stage 1
+        batch_size=128,
+        aug="strong",
+        mixup=0.0,
+        rho=0.7,                # how strongly medium classes are drawn in their stage
+        gamma=[0.5, 0.8],       # share of the free weights that is pruned after each stage
+        tpd_iters=20,           # retraining iterations after each of the pruning steps
+        reinit=0.25,            # scale of the fresh weights over Kaiming's
+        importance_images=20,
+        prune_classifier=0,     # the last layer is kept per stage
+        agg="product",
+    ),
+    # The published values ("Implementation Details"), on top of the dataset's.
+    "paper": dict(order="many,medium,few", lr=[0.05, 0.005, 0.005], schedule="constant", warmup=0,
+                  batch_size=256, aug="strong", mixup=0.0, tpd_iters=1, reinit=1.0,
+                  prune_classifier=1, agg="instance"),
     "paper, photographs": dict(lr=[0.02, 0.002, 0.002]),
+    "paper, cifar100 at ratio 50": dict(gamma=[0.5, 0.6]),
 }
+STAGES = ("many", "medium", "medium-top", "medium-low", "few")
 
-class Stage(NamedTuple):
-    """What one stage trains with: its group's name and classes (indices), P(class drawn) (K,), log alpha (K,) on the
-    device, epochs, peak rate, and gamma, the share of free weights pruned at its end (None: auto, or the last)."""
-    name: str
-    classes: np.ndarray
-    probs: np.ndarray
-    log_alpha: torch.Tensor
-    epochs: int
-    lr: float
-    gamma: float
 
-# ------------------------------------------------------------------ Collaborative Parameter Optimisation (CPO), Eq. 1-3
+def parse_args(argv=None):
+    """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
+    parser = argument_parser("Decoupled Optimisation (DO) for long-tailed recognition")
+    add_data_arguments(parser)
+    share = number(above=0, below=1)
+
+    add = parser.add_argument_group("training; flags without a default have one by dataset, "
+                                    "see RECIPES").add_argument
+    add("--recipe", choices=["default", "paper"], default="default",
+        help="paper: every value as published")
+    add("--arch", help="resnet32, resnet50, resnet152, another torchvision classifier, timm:NAME")
+    add("--pretrained", type=int, choices=[0, 1], help="1: download ImageNet weights to start from")
+    add("--weights", metavar="FILE",
+        help="start from this state dict (a last layer of another shape starts afresh)")
+    add("--epochs", type=several(number(int, 0)),
+        help="one per stage, as 100,50,50; 0: --weights names the stage1.pt of another run")
+    add("--lr", type=several(number(above=0)), help="peak rate, one per stage")
+    add("--schedule", choices=["cosine", "constant"], help="of the rate after stage 1")
+    add("--warmup", type=number(least=0), help="epochs at the start over which the rate rises")
+    add("--batch-size", type=number(int, 2), help="of all processes together")
+    add("--weight-decay", type=number(least=0), default=5e-4, help="of all weights")
+    add("--aug", choices=["strong", "basic", "none"], help="basic: crop, flip; strong: RandAugment")
+    add("--mixup", type=number(least=0), help="alpha of mixup's Beta distribution; 0: none")
+    add("--views", type=number(int, 2), default=2,
+        help="random views of each test image beside the clean one")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--order", help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
+    add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
+    add("--gamma", type=lambda text: text if text == "auto" else several(share)(text),
+        help="share pruned after each stage but the last, as 0.5,0.8; auto: measured")
+    add("--few-sampling", choices=["balanced", "inverse"], default="balanced",
+        help="draws of the few stage")
+    add("--loss", choices=["compensation", "ce"], default="compensation",
+        help="ce: no margin in any stage (Table 8)")
+    add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor",
+        help="what ranks the weights (Fig. 4)")
+    add("--importance-images", type=number(int, 1), help="training images per class for the score")
+    add("--prune-classifier", type=int, choices=[0, 1],
+        help="1: TPD ranks the last layer too; 0: each stage has its own")
+    add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning, Eq. 4's dt")
+    add("--tpd-iters", type=number(int, 1), help="retraining iterations after each of them")
+    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of that retraining")
+    add("--reinit", type=number(least=0), help="scale of the fresh weights over Kaiming's")
+    add("--agg", choices=["product", "instance", "group", "mean"],
+        help="the mixture that is reported; the paper's: instance")
+
+    add = parser.add_argument_group("system").add_argument
+    add("--seed", type=number(int, 0, below=2 ** 32), default=0,
+        help="of weights, draws and augmentation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster")
+    add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
+    add("--workers", type=number(int, 0), default=WORKERS,
+        help="processes that decode photographs, for each GPU")
+    add("--out", help="folder of the run (default runs/NAME)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+
+    args = parser.parse_args(argv)
+    given = {key for key, value in vars(args).items() if value is not None}
+    for key, value in recipe(args).items():
+        if key not in given:
+            setattr(args, key, value)
+    args.order = args.order.split(",")
+    both = "medium" in args.order and {"medium-top", "medium-low"} & set(args.order)
+    if set(args.order) - set(STAGES) or len(set(args.order)) != len(args.order) or both:
+        raise InputError(f"--order {','.join(args.order)}: name each stage once, of "
+                         f"{', '.join(STAGES)}")
+    T = len(args.order)
+    for key, n in (("epochs", T), ("lr", T), ("gamma", T - 1)):
+        values = getattr(args, key)
+        if values == "auto":
+            continue
+        if key in given and len(values) not in (1, n):
+            raise InputError(f"--{key}: {len(values)} values for --order {','.join(args.order)}; "
+                             f"give {max(n, 1)}, or one for all")
+        setattr(args, key, (values + values[-1:] * n)[:n])
+    return args
+
+
+def recipe(args):
+    """{flag: value} of what was not given, from RECIPES.
+
+    Where --order asks for another number of stages than the dataset's recipe has, what there is
+    one of per stage comes from "default".
+    """
+    name = recipe_name(args.dataset)
+    args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
+    default = RECIPES["default"]
+    chosen = default | RECIPES.get(name, {})
+    published = {}
+    if args.recipe == "paper":
+        published = RECIPES["paper"]
+        if chosen["arch"] != "resnet32":
+            published = published | RECIPES["paper, photographs"]
+        if name == "cifar100" and args.imb == 50:
+            published = published | RECIPES["paper, cifar100 at ratio 50"]
+    order = args.order or published.get("order") or chosen["order"]
+    if order.count(",") != chosen["order"].count(","):
+        chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
+    return chosen | published | {"order": order}
+
+
+def settle(args, data):
+    """Fit the flags to the data; after this nothing changes them.
+
+    A stage without classes is left out, with its epochs, rate and gamma, but for a first "many",
+    which then serves all classes. Raises InputError.
+    """
+    args.out = args.out or run_name("do", args)
+    gammas = [None] * len(args.order) if args.gamma == "auto" else [*args.gamma, None]
+    kept = []
+    for name, *values in zip(args.order, args.epochs, args.lr, gammas):
+        if len(stage_classes(data.counts, name)) or (name == "many" and not kept):
+            kept.append((name, *values))
+        else:
+            print(f"warning: no class is {name}; its stage is left out")
+    if not kept:
+        raise InputError(f"--order {','.join(args.order)}: none of its stages has a class in this "
+                         "dataset; begin with many")
+    args.order, args.epochs, args.lr, gammas = map(list, zip(*kept))
+    if args.gamma != "auto":
+        args.gamma = gammas[:-1]
+        return
+    for name in args.order[:-1]:
+        if not np.isin(data.val.labels, stage_classes(data.counts, name)).any():
+            raise InputError("--gamma auto measures on validation images of each stage's classes; "
+                             f"{name} has none")
+
+
+# -------------------------------------------- Collaborative Parameter Optimisation (CPO), Eq. 1-3
+
 
 def stage_classes(counts, stage):
-    """Class indices of a stage's group: many > 100, medium 20..100, few < 20 training images; medium-top and medium-low
-    split medium at 50 (Table 6). counts: (K,)."""
-    low, high = {"many": (101, np.inf), "medium": (20, 100), "medium-top": (50, 100), "medium-low": (20, 49),
-                 "few": (0, 19)}[stage]
-    return np.flatnonzero((np.asarray(counts) >= low) & (np.asarray(counts) <= high))
+    """Class indices of a stage's group: many > 100, medium 20..100, few < 20 training images.
+    medium-top and medium-low split medium at 50 (Table 6). counts: (K,)."""
+    low, high = {"many": (101, np.inf), "medium": (20, 100), "medium-top": (50, 100),
+                 "medium-low": (20, 49), "few": (0, 19)}[stage]
+    counts = np.asarray(counts)
+    return np.flatnonzero((counts >= low) & (counts <= high))
+
 
 def stage_class_probs(counts, stage, rho, few="balanced"):
     """Eq. 1: P(class drawn) in a stage, float array (K,), sums to 1.
 
-    many: ~ N_c. medium: ~ rho for medium classes, 1 - rho for the others. few: every class alike ("balanced": the
-    paper's 1 / N_y as a weight of each image) or ~ 1 / N_c ("inverse"). counts: (K,).
+    many: ~ N_c. medium: ~ rho for medium classes, 1 - rho for the others. few: every class alike
+    ("balanced": the paper's 1 / N_y as a weight of each image) or ~ 1 / N_c ("inverse").
+    counts: (K,).
     """
     counts = np.asarray(counts, dtype=np.float64)
     if stage == "many":
@@ -85,43 +241,89 @@ def stage_class_probs(counts, stage, rho, few="balanced"):
         probs[stage_classes(counts, stage)] = rho
     return probs / probs.sum()
 
+
+def compensation_loss(logits, target, log_alpha):
+    """Eq. 2: CE(f(x) - log alpha_t, y), the mean over the batch. logits: n x K; target: int (n,);
+    log_alpha: (K,)."""
+    return F.cross_entropy(logits - log_alpha, target)
+
+
 def compensation_alpha(counts, stage, rho):
-    """Eq. 3: alpha_t by class, float array (K,). many: 1. medium: rho for medium classes, 1 - rho for the others (the
-    paper's scalar rho cancels in the softmax). few: the label frequencies in reverse order, the rarest class gets the
-    largest. counts: (K,)."""
+    """Eq. 3: alpha_t by class, float array (K,).
+
+    many: 1. medium: rho for medium classes, 1 - rho for the others (the paper's scalar rho
+    cancels in the softmax). few: the label frequencies in reverse order, the rarest class gets
+    the largest. counts: (K,).
+    """
     counts = np.asarray(counts, dtype=np.float64)
     alpha = np.ones_like(counts)
     if stage == "few":
-        alpha[np.argsort(-counts, kind="stable")] = np.sort(counts) / counts.sum()
+        descending = np.argsort(-counts, kind="stable")
+        alpha[descending] = np.sort(counts) / counts.sum()
     elif stage != "many":
         alpha *= 1 - rho
         alpha[stage_classes(counts, stage)] = rho
     return alpha
 
-def compensation_loss(logits, target, log_alpha):
-    """Eq. 2: CE(f(x) - log alpha_t, y), the mean over the batch. logits: n x K; target: int (n,); log_alpha: (K,)."""
-    return F.cross_entropy(logits - log_alpha, target)
 
-def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng):
-    """SGD over `batches` at the learning rates `rates`. masks: {weight: 1 where it is trained, else 0}, without the
-    weights that train whole. Returns (3, K): images drawn and correct by class (with mixup: against the first label);
-    loss times images, the same in the whole row.
+class Stage(NamedTuple):
+    """What one stage trains with."""
+    name: str
+    classes: np.ndarray      # class indices of its group
+    probs: np.ndarray        # P(class drawn), (K,)
+    log_alpha: torch.Tensor  # margins, (K,), on the device
+    epochs: int
+    lr: float                # peak rate
 
-    Weight decay is added to the gradient here, not in the optimiser, and the gradient of frozen weights is zeroed after
-    it: their momentum stays 0 and SGD leaves them bit for bit as they are.
+
+def make_stages(args, data, device):
+    """The list of Stage."""
+    stages = []
+    for name, epochs, lr in zip(args.order, args.epochs, args.lr):
+        classes = stage_classes(data.counts, name)
+        if not len(classes):
+            classes = np.arange(data.num_classes)  # a first "many" of a dataset without such
+        probs = stage_class_probs(data.counts, name, args.rho, args.few_sampling)
+        alpha = np.ones(data.num_classes)
+        if args.loss == "compensation":
+            alpha = compensation_alpha(data.counts, name, args.rho)
+        log_alpha = torch.tensor(np.log(alpha), dtype=torch.float32, device=device)
+        stages.append(Stage(name, classes, probs, log_alpha, epochs, lr))
+    return stages
+
+
+def make_optimizer(model, lr, args):
+    """SGD with momentum 0.9 (Nesterov's, but not in the paper); `train` adds weight decay."""
+    nesterov = args.recipe != "paper"
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=nesterov)
+
+
+def trainable_masks(model):
+    """{weight: mask}, 1 where a weight is free, 0 where it is frozen or pruned."""
+    layers = owned_layers(model).values()
+    return {m.weight: (m.weight_owner == 0).to(m.weight.dtype) for m in layers}
+
+
+def train(network, optimizer, batches, rates, log_alpha, masks, args, rng):
+    """SGD over `batches` at the learning rates `rates`. masks: {weight: 1 where it is trained,
+    else 0}, without the weights that train whole.
+
+    Returns images drawn and correct by class, (K,) each (with mixup: against the first label),
+    and the sum of the loss over images. Weight decay is added to the gradient here, not in the
+    optimiser, and the gradient of frozen weights is zeroed after it: their momentum stays 0 and
+    SGD leaves them bit for bit as they are.
     """
     network.train()
-    sums = torch.zeros(3, data.num_classes, device=data.device)
+    drawn = torch.zeros_like(log_alpha)
+    correct = torch.zeros_like(log_alpha)
+    loss_sum = torch.zeros_like(log_alpha[0])
     for (x, y), rate in zip(batches, rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, other, lam = mixup(x, y, args.mixup, rng)
-        with autocast(data.device, args.precision):
-            logits = network(x)
-        logits = logits.float()
-        loss = compensation_loss(logits, y, log_alpha)
-        if lam < 1:
-            loss = lam * loss + (1 - lam) * compensation_loss(logits, other, log_alpha)
+        x, targets = mixup(x, y, args.mixup, rng)
+        logits = network(x)
+        loss = sum(share * compensation_loss(logits, labels, log_alpha)
+                   for share, labels in targets)
         optimizer.zero_grad()
         loss.backward()
         for w in optimizer.param_groups[0]["params"]:
@@ -130,453 +332,762 @@ def train(network, optimizer, batches, rates, log_alpha, masks, data, args, rng)
                 w.grad.mul_(masks[w])
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
-            truth, right = F.one_hot(y, data.num_classes).float(), (logits.argmax(1) == y).float()[:, None]
-            sums[:2] += torch.stack([truth.sum(0), (truth * right).sum(0)])
-            sums[2:] += loss * len(x)
-    return all_sum(sums)
+            truth = F.one_hot(y, len(drawn)).float()
+            right = (logits.argmax(1) == y).float()
+            drawn += truth.sum(0)
+            correct += (truth * right[:, None]).sum(0)
+            loss_sum += loss * len(x)
+    return all_sum(drawn), all_sum(correct), all_sum(loss_sum)
 
-def make_optimizer(model, lr, args):
-    """SGD with momentum 0.9 (Nesterov's, but not in the paper); `train` adds weight decay, sparing frozen weights."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=args.recipe != "paper")
 
-def trainable_masks(model, alive=None):
-    """{weight: mask} of the layers with frozen weights, for `train`: 1 where no earlier stage owns it. alive: {layer:
-    bool tensor}, False for weights that TPD has pruned. Empty in stage 1, where everything trains."""
-    masks = {}
-    for name, layer in owned_layers(model).items():
-        mask = getattr(layer, OWNER) == 0 if alive is None else (getattr(layer, OWNER) == 0) & alive[name]
-        masks[layer.weight] = mask.to(layer.weight.dtype)
-    return masks if alive is not None or any(getattr(m, OWNER).any() for m in owned_layers(model).values()) else {}
-
-def cpo(model, t, stage, data, args, run):
-    """Train stage t: its draws and margin; the weights of earlier stages are active and frozen. Goes on from
-    run.state."""
-    here, epochs, total = run.state if run.state.get("stage") == t else {}, stage.epochs, sum(args.epochs)
-    optimizer, masks, network = make_optimizer(model, stage.lr, args), trainable_masks(model), distribute(model)
-    if here.get("optimizer"):
-        optimizer.load_state_dict(here["optimizer"])
-    sampler, steps = data.sampler(stage.probs, args.seed * 1000 + t), len(data.train) // data.batch_size
-    schedule, warmup = ("cosine", args.warmup) if t == 1 else (args.schedule, 0)
-    print(f"\nstage {t}, {stage.name}: {epochs} epochs, rate {stage.lr:g} {schedule}; accuracy as drawn, and val")
-    for epoch in range(here.get("epoch", 0), epochs):
-        began, key = clock(data.device), [args.seed, t, 1, epoch]
+def cpo(network, t, stage, loader, run):
+    """Train stage t: its draws and margin. The weights of earlier stages are active and frozen.
+    Goes on from the checkpoint if that is of this stage."""
+    args, model, data = run.args, network.model, loader.data
+    resumed = run.resumed if run.resumed.get("stage") == t else {}
+    optimizer = make_optimizer(model, stage.lr, args)
+    if resumed.get("optimizer"):
+        optimizer.load_state_dict(resumed["optimizer"])
+    masks = trainable_masks(model) if t > 1 else {}
+    trained = distribute(network)
+    schedule = "cosine" if t == 1 else args.schedule
+    warmup = args.warmup if t == 1 else 0
+    print(f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {schedule}; "
+          "accuracy on the images as drawn, and on validation images")
+    for epoch in range(resumed.get("epoch", 0), stage.epochs):
+        began = clock(loader.device)
+        key = [args.seed, t, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        rates = learning_rates(stage.lr, epoch, epochs, steps, schedule, warmup)
-        batches, rng = data.batches(sampler.set_epoch(epoch).indices(), key), np.random.default_rng([*key, RANK])
-        sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
-        stop_unless_finite(sums[2, 0], model, f"stage {t}, epoch {epoch + 1}")
-        drawn, correct, loss = sums.cpu().double().numpy()
-        acc = group_means(100 * correct / np.where(drawn > 0, drawn, np.nan), data.groups)
-        seconds, n, val = clock(data.device) - began, steps * data.batch_size, None
-        if epoch % 10 == 9 or epoch + 1 == epochs:
-            val = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)["all"]
-        run.log({"stage": t, "epoch": epoch + 1, "loss": loss[0] / n, "rate": rates[0], **acc, "val": val},
-                n, seconds, n * total)
+        rates = learning_rates(stage.lr, epoch, stage.epochs, loader.steps, schedule, warmup)
+        groups = loader.draw(stage.probs, args.seed * 1000 + t, epoch)
+        drawn, correct, loss = train(trained, optimizer, loader.batches(groups, key), rates,
+                                     stage.log_alpha, masks, args,
+                                     np.random.default_rng([*key, RANK]))
+        stop_unless_finite(loss, model, f"stage {t}, epoch {epoch + 1}")
+        seconds = clock(loader.device) - began
+        images = loader.steps * loader.batch_size
+        row = {"stage": t, "epoch": epoch + 1, "loss": loss.item() / images, "rate": rates[0]}
+        row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
+        row["val"] = None
+        if epoch % 10 == 9 or epoch + 1 == stage.epochs:
+            row["val"] = scored(loader.predict(network, "val")[0], data.val, data)["all"]
+        run.log(row, images, seconds, images * sum(args.epochs))
         run.save(model, optimizer, stage=t, epoch=epoch + 1, rest=model.stage_rest)
     if t == 1:
-        run.write("stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
-    record(model, f"stage {t} ({stage.name}) after CPO", data, args, run)
+        write_file(run.folder / "stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
+    record(network, f"stage {t} ({stage.name}) after CPO", loader, run)
 
-# ---------------------------------------------------------------------- Taylor-guided Parameter Decoupling (TPD), Eq. 4
+
+# ------------------------------------------------ Taylor-guided Parameter Decoupling (TPD), Eq. 4
+
 
 def taylor_importance(weights, class_losses, kind="taylor", generator=None):
-    """E = (w dL_y/dw)^2, the mean over classes y: importance of each weight to a group of classes, tensors shaped like
-    `weights`.
+    """E = (w dL_y/dw)^2, the mean over classes y: importance of each weight to a group of
+    classes, tensors shaped like `weights`.
 
-    class_losses: iterable of scalars L_y, the loss averaged over images of one class y, each with its graph (a
-    generator keeps one in memory at a time). "fisher": (dL_y/dw)^2 instead; "l1": |w|; "random": uniform (from
-    `generator`); these two look at no loss.
+    class_losses: iterable of scalars L_y, the loss averaged over images of one class y, each with
+    its graph (a generator keeps one in memory at a time). "fisher": (dL_y/dw)^2 instead; "l1":
+    |w|; "random": uniform (from `generator`). These two look at no loss.
     """
     if kind == "l1":
         return [w.detach().abs() for w in weights]
     if kind == "random":
         return [torch.rand(w.shape, generator=generator).to(w.device) for w in weights]
-    scores, n = [torch.zeros_like(w) for w in weights], 0
+    scores = [torch.zeros_like(w) for w in weights]
+    classes = 0
     for loss in class_losses:
-        for score, w, g in zip(scores, weights, torch.autograd.grad(loss, weights)):
-            score += (g * w.detach() if kind == "taylor" else g) ** 2
-        n += 1
-    return [score / max(n, 1) for score in scores]
+        for score, w, gradient in zip(scores, weights, torch.autograd.grad(loss, weights)):
+            score += (gradient * w.detach() if kind == "taylor" else gradient) ** 2
+        classes += 1
+    return [score / max(classes, 1) for score in scores]
+
 
 def gradual_ratio(step, dt, g0, g1):
-    """Eq. 4: the share pruned after `step` of `dt` steps from ratio g0 to g1, fast at first (Zhu and Gupta 2017)."""
+    """Eq. 4: the share pruned after `step` of `dt` steps from ratio g0 to g1, fast at first (Zhu
+    and Gupta 2017)."""
     return g1 + (g0 - g1) * (1 - step / dt) ** 3
 
+
 def last_ratio_before_largest_drop(ratios, accuracies):
-    """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls most."""
-    drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])  # not from 0: the next stage needs free weights
+    """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls
+    most, but never the first: the next stage needs free weights."""
+    drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])
     return ratios[1 + int(drops.argmax())]
 
-def importance(model, layers, classes, log_alpha, data, args, kind="taylor", generator=None):
-    """taylor_importance of the weights of `layers` to `classes`, by at most --importance-images training images of
-    each, not augmented; processes share the classes and all get the same scores."""
-    model.eval()
-    weights, mine = [m.weight for m in layers.values()], classes[RANK::WORLD]
-    by_class = np.split(np.argsort(data.train.labels, kind="stable"), np.cumsum(data.counts)[:-1])
+
+def importance(network, layers, classes, log_alpha, loader, images, kind="taylor", generator=None):
+    """taylor_importance of the weights of `layers` to `classes`, by at most `images` training
+    images of each, not augmented. Processes share the classes and all get the same scores."""
+    network.eval()
+    data = loader.data
+    order = np.argsort(data.train.labels, kind="stable")
+    by_class = np.split(order, np.cumsum(data.counts)[:-1])
+    mine = classes[RANK::WORLD]
 
     def losses():
-        """The classes' losses, one graph at a time."""
-        for c, x in zip(mine, data.rows([by_class[c][:args.importance_images] for c in mine])):
-            with autocast(data.device, args.precision):
-                logits = model(x).float()
-            yield compensation_loss(logits, torch.full((len(x),), int(c), device=data.device), log_alpha)
+        """The losses of this process's classes, one graph at a time."""
+        batches = loader.clean_batches([by_class[c][:images] for c in mine])
+        for c, x in zip(mine, batches):
+            target = torch.full((len(x),), int(c), device=loader.device)
+            yield compensation_loss(network(x), target, log_alpha)
+    weights = [layer.weight for layer in layers.values()]
     scores = taylor_importance(weights, losses(), kind, generator)
-    shared = WORLD > 1 and kind in ("taylor", "fisher")
-    return [all_sum(s * len(mine)) / len(classes) for s in scores] if shared else scores
+    if WORLD > 1 and kind in ("taylor", "fisher"):
+        scores = [all_sum(score * len(mine)) / len(classes) for score in scores]
+    return scores
 
-def prune_to(model, alive, ratio, scores):
-    """Zero the lowest-scored weights until `ratio` of the free ones (owner 0) is pruned; ranks all layers together.
-    Updates `alive`."""
-    layers = owned_layers(model)
-    free = {n: getattr(m, OWNER) == 0 for n, m in layers.items()}
-    flat = torch.cat([s.masked_fill(~alive[n], -1.0)[free[n]] for n, s in zip(layers, scores)])  # pruned: lowest
-    keep = torch.ones_like(flat, dtype=torch.bool)
-    keep[flat.argsort(stable=True)[:round(ratio * len(flat))]] = False
+
+def prune_to(model, ratio, scores):
+    """Zero the lowest-scored weights until `ratio` of those that no stage owns is pruned. All
+    layers are ranked together; what is pruned stays so. scores: one tensor per owned layer."""
+    layers = owned_layers(model).values()
+    free = [(m.weight_owner == 0) | (m.weight_owner == PRUNED) for m in layers]
+    ranked = [score.masked_fill(m.weight_owner == PRUNED, -1.0)[f]
+              for m, score, f in zip(layers, scores, free)]
+    ranked = torch.cat(ranked)
+    kept = torch.ones_like(ranked, dtype=torch.bool)
+    kept[ranked.argsort(stable=True)[:round(ratio * len(ranked))]] = False
+    sizes = [int(f.sum()) for f in free]
     with torch.no_grad():
-        for part, (name, layer) in zip(keep.split([int(f.sum()) for f in free.values()]), layers.items()):
-            alive[name][free[name]] = part
-            layer.weight.mul_(alive[name] | ~free[name])
+        for layer, f, part in zip(layers, free, kept.split(sizes)):
+            layer.weight_owner[f] = torch.where(part, 0, PRUNED).to(torch.uint8)
+            layer.weight.mul_(layer.weight_owner != PRUNED)
 
-def prune_gradually(model, alive, before, ratio, t, stage, picks, data, args):
-    """From `before` to `ratio` in --tpd-steps steps (Eq. 4), retraining --tpd-iters iterations on `picks` after each;
-    BatchNorm's statistics are then those of the pruned network. Updates the model and `alive`."""
-    dt, key, network = args.tpd_steps, [args.seed, t, 2, round(100 * ratio)], distribute(model)
-    all_rates = learning_rates(args.tpd_lr, 0, 1, dt * args.tpd_iters)
+
+def prune(network, before, ratio, t, stage, groups, loader, args):
+    """From ratio `before` to `ratio` in --tpd-steps steps (Eq. 4), with --tpd-iters retraining
+    iterations on the batches `groups` after each. BatchNorm's statistics are then those of the
+    pruned network."""
+    model, dt, iters = network.model, args.tpd_steps, args.tpd_iters
+    key = [args.seed, t, 2, round(100 * ratio)]
+    rates = learning_rates(args.tpd_lr, 0, 1, dt * iters)
     optimizer = make_optimizer(model, args.tpd_lr, args)
+    layers = owned_layers(model)
+    trained = distribute(network)
     for step in range(1, dt + 1):
-        random = torch.Generator().manual_seed(args.seed * 10 ** 6 + t * 10 ** 4 + round(1000 * ratio) + step)
-        layers = owned_layers(model)
-        scores = importance(model, layers, stage.classes, stage.log_alpha, data, args, args.importance, random)
-        prune_to(model, alive, gradual_ratio(step, dt, before, ratio), scores)
-        masks = trainable_masks(model, alive)
+        random = torch.Generator()
+        random.manual_seed(args.seed * 10 ** 6 + t * 10 ** 4 + round(1000 * ratio) + step)
+        scores = importance(network, layers, stage.classes, stage.log_alpha, loader,
+                            args.importance_images, args.importance, random)
+        prune_to(model, gradual_ratio(step, dt, before, ratio), scores)
+        masks = trainable_masks(model)
         for weight, mask in masks.items():  # a weight just pruned must not drift on from zero
             if "momentum_buffer" in optimizer.state[weight]:
                 optimizer.state[weight]["momentum_buffer"].mul_(mask)
-        batches = data.batches(picks.reshape(dt, -1)[step - 1], [*key, step])
-        rates, rng = all_rates[(step - 1) * args.tpd_iters:], np.random.default_rng([*key, step, RANK])
-        sums = train(network, optimizer, batches, rates, stage.log_alpha, masks, data, args, rng)
-        stop_unless_finite(sums[2, 0], model, f"pruning after stage {t}")
-    with autocast(data.device, args.precision), torch.no_grad():
-        update_bn(data.batches(picks[:40 * data.batch_size // WORLD], [*key, 0]), model)
-
-def tpd(model, t, stage, data, args, run):
-    """Prune what the stage can do without, keep the rest for good (owner t, frozen), and start the pruned weights
-    afresh for the next stage. With --gamma auto the ratio is the last before the largest drop in validation accuracy.
-    The last stage keeps all."""
-    began, gamma = clock(data.device), stage.gamma
-    alive = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in owned_layers(model).items()}
-    if t < len(args.order):
-        ratios = [g / 10 for g in range(10)] if args.gamma == "auto" else [gamma]
-        steps = args.tpd_steps * args.tpd_iters * len(ratios)
-        draws = data.sampler(stage.probs, args.seed * 1000 + t, steps).set_epoch(10 ** 6).indices()
-        curve, reached = [], []
-        for before, ratio, picks in zip([0.0, *ratios], ratios, draws.reshape(len(ratios), -1)):
-            if ratio > 0:
-                prune_gradually(model, alive, before, ratio, t, stage, picks, data, args)
-            if args.gamma == "auto":
-                per_class = scored(predict(model, data.val.images, data, args)[0], data.val, data, args)["per_class"]
-                curve.append((ratio, float(np.mean([per_class[c] for c in stage.classes if per_class[c] is not None]))))
-                reached.append([{k: v.clone() for k, v in state.items()} for state in (model.state_dict(), alive)])
-        if args.gamma == "auto":
-            gamma, run.report["pruning_curve"][stage.name] = last_ratio_before_largest_drop(*zip(*curve)), curve
-            state, alive = reached[ratios.index(gamma)]
-            model.load_state_dict(state)
-        run.report["gammas"].append(gamma)
-        print(f"TPD: {100 * gamma:.0f} % of the free weights pruned by {args.importance} importance")
-        record(model, f"stage {t} ({stage.name}) after TPD", data, args, run)
-    keep_stage_rest(model, t)
-    generator = torch.Generator().manual_seed(args.seed * 1000 + t)
+        some = slice((step - 1) * iters, step * iters)
+        _, _, loss = train(trained, optimizer, loader.batches(groups[some], [*key, step]),
+                           rates[some], stage.log_alpha, masks, args,
+                           np.random.default_rng([*key, step, RANK]))
+        stop_unless_finite(loss, model, f"pruning after stage {t}")
     with torch.no_grad():
-        for name, layer in owned_layers(model).items():
-            owner = getattr(layer, OWNER)
-            owner[(owner == 0) & alive[name]] = t
+        update_bn(loader.batches(groups[:40], [*key, 0]), network)
+
+
+def sweep_gamma(network, t, stage, loader, run):
+    """--gamma auto: prune by 0, 10, .. 90 % and go back to the last ratio before the largest drop
+    in validation accuracy of the stage's classes; returns it."""
+    args, model, data = run.args, network.model, loader.data
+    ratios = [g / 10 for g in range(10)]
+    n = args.tpd_steps * args.tpd_iters
+    draws = loader.draw(stage.probs, args.seed * 1000 + t, 10 ** 6, n * len(ratios))
+    curve = []
+    states = []
+    for i, ratio in enumerate(ratios):
+        if i > 0:
+            prune(network, ratios[i - 1], ratio, t, stage, draws[i * n:(i + 1) * n], loader, args)
+        per_class = scored(loader.predict(network, "val")[0], data.val, data)["per_class"]
+        known = [per_class[c] for c in stage.classes if per_class[c] is not None]
+        curve.append((ratio, float(np.mean(known))))
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    gamma = last_ratio_before_largest_drop(*zip(*curve))
+    model.load_state_dict(states[ratios.index(gamma)])
+    run.report["pruning_curve"][stage.name] = curve
+    return gamma
+
+
+def claim(model, t):
+    """The free weights that are not pruned belong to stage t from now on."""
+    for layer in owned_layers(model).values():
+        layer.weight_owner[layer.weight_owner == 0] = t
+
+
+def restart_free(model, scale, generator):
+    """Pruned weights become free again, with fresh values: Kaiming normal times `scale`."""
+    with torch.no_grad():
+        for layer in owned_layers(model).values():
+            pruned = layer.weight_owner == PRUNED
             fresh = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
-            fresh *= args.reinit * math.sqrt(2 / layer.weight[0].numel())  # Kaiming normal, times --reinit
-            layer.weight.copy_(torch.where(owner == 0, fresh, layer.weight))
-    run.report["tpd_seconds"] += clock(data.device) - began
+            fresh *= scale * math.sqrt(2 / layer.weight[0].numel())
+            layer.weight.copy_(torch.where(pruned, fresh, layer.weight))
+            layer.weight_owner[pruned] = 0
+
+
+def tpd(network, t, stage, loader, run):
+    """Prune what stage t can do without, freeze the rest as its own, and start the pruned weights
+    afresh for the next stage. The last stage keeps all."""
+    args, model = run.args, network.model
+    began = clock(loader.device)
+    if t < len(args.order):
+        if args.gamma == "auto":
+            gamma = sweep_gamma(network, t, stage, loader, run)
+        else:
+            gamma = args.gamma[t - 1]
+            n = args.tpd_steps * args.tpd_iters
+            groups = loader.draw(stage.probs, args.seed * 1000 + t, 10 ** 6, n)
+            prune(network, 0.0, gamma, t, stage, groups, loader, args)
+        run.report["gammas"].append(gamma)
+        print(f"TPD: {100 * gamma:.0f} % of the free weights pruned, by {args.importance} "
+              "importance")
+        record(network, f"stage {t} ({stage.name}) after TPD", loader, run)
+    keep_stage_rest(model, t)
+    claim(model, t)
+    restart_free(model, args.reinit, torch.Generator().manual_seed(args.seed * 1000 + t))
+    run.report["tpd_seconds"] += clock(loader.device) - began
     run.save(model, stage=t + 1, epoch=0, rest=model.stage_rest)
 
-# ----------------------------------------------------------------------------------- test time: sub-models mixed, Eq. 5
 
-def simplex_lattice(T, n):
-    """All points of the simplex whose T coordinates are multiples of 1 / n: float64 tensor G x T."""
-    bars = np.array(list(combinations(range(n + T - 1), T - 1))).reshape(-1, T - 1)
-    edges = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, n + T - 1)))
-    return torch.from_numpy(np.diff(edges, axis=1) - 1).double() / n
+# ------------------------------------------------------ test time: the sub-models are mixed, Eq. 5
 
-def instance_weights(p1, p2, shared=False):
-    """Eq. 5: lambda of each test image, the mixture whose predictions for two views of the image agree best (cosine
-    similarity).
 
-    p1, p2: predictions of T sub-models for the views, T x U x K probabilities -> lambda, U x T, rows summing to 1;
-    shared: 1 x T, the one lambda with the best mean. The similarity depends on T x T inner products alone, so a lattice
-    on the simplex (1/50; T > 3: 1/20) is searched whole, where the paper climbs a softmax of T numbers: no gradient, no
-    step size, no pass of the network.
+def simplex_lattice(T):
+    """All points of the simplex whose T coordinates are multiples of 1/50 (T > 3: 1/20), float64
+    tensor G x T."""
+    n = 50 if T <= 3 else 20
+    points = [p for p in product(range(n + 1), repeat=T) if sum(p) == n]
+    return torch.tensor(points, dtype=torch.float64) / n
+
+
+def agreement(p1, p2, lattice):
+    """Cosine similarity of the mixtures' predictions for two views of each image, U x G.
+
+    p1, p2: float64 T x U x K; lattice: G x T. It depends on T x T inner products alone.
     """
-    T = len(p1)
-    lattice = simplex_lattice(T, 50 if T <= 3 else 20).to(p1.device)
     pairs = (lattice[:, :, None] * lattice[:, None]).flatten(1).T  # T^2 x G
-    tie = 1e-9 * (lattice - 1 / T).square().sum(1)  # nothing to choose by: equal weights
-    values = []
-    for a, b in zip(p1.double().split(4096, 1), p2.double().split(4096, 1)):
-        grams = (torch.einsum("tuk,suk->uts", *two).flatten(1) for two in ((a, b), (a, a), (b, b)))
-        between, first, second = (gram @ pairs for gram in grams)
-        values.append(between / (first * second).sqrt().clamp_min(1e-12) - tie)
-        values[-1] = values[-1].sum(0, keepdim=True) if shared else lattice[values[-1].argmax(1)]
-    return (lattice[sum(values).argmax(1)] if shared else torch.cat(values)).float()
 
-def product(logp, w, counts):
-    """log of prod_t p_t^a_t * N_c^b * e^(d if c is medium), not normalised: N x K. logp: T x N x K; w: (a_1 .. a_T, b,
-    d); counts: (K,). With b and d that take off the stages' priors it is the balanced product of experts of BalPoE
-    (Aimar et al., CVPR 2023)."""
-    counts = torch.as_tensor(counts, dtype=logp.dtype, device=logp.device)
-    medium = ((counts >= 20) & (counts <= 100)).to(logp)
-    return torch.tensordot(w[:-2], logp, 1) + w[-2] * counts.log() + w[-1] * medium
+    def inner(a, b):
+        """Inner products of the mixtures of a and of b, U x G."""
+        return torch.einsum("tuk,suk->uts", a, b).flatten(1) @ pairs
+    cosine = inner(p1, p2) / (inner(p1, p1) * inner(p2, p2)).sqrt().clamp_min(1e-12)
+    uneven = (lattice - 1 / lattice.shape[1]).square().sum(1)
+    return cosine - 1e-9 * uneven  # nothing to choose by: equal weights
+
+
+def instance_weights(p1, p2):
+    """Eq. 5: lambda of each test image, the mixture whose predictions for two views of the image
+    agree best (cosine similarity).
+
+    p1, p2: predictions of T sub-models for the views, T x U x K probabilities -> lambda, U x T,
+    rows summing to 1. A lattice on the simplex is searched whole, where the paper climbs a
+    softmax of T numbers: no gradient, no step size, no pass of the network.
+    """
+    lattice = simplex_lattice(len(p1)).to(p1.device)
+    parts = zip(p1.double().split(4096, 1), p2.double().split(4096, 1))
+    best = [agreement(a, b, lattice).argmax(1) for a, b in parts]
+    return lattice[torch.cat(best)].float()
+
+
+def group_weights(p1, p2):
+    """The one lambda, (T,), with the best mean agreement over all images; see instance_weights."""
+    lattice = simplex_lattice(len(p1)).to(p1.device)
+    parts = zip(p1.double().split(4096, 1), p2.double().split(4096, 1))
+    total = sum(agreement(a, b, lattice).sum(0) for a, b in parts)
+    return lattice[total.argmax()].float()
+
+
+def product_bias(b, d, counts):
+    """b log N_c + d [c is medium], (K,). counts: (K,) tensor."""
+    medium = (counts >= 20) & (counts <= 100)
+    return b * counts.log() + d * medium
+
+
+def product_of_experts(logp, weights, counts):
+    """log of prod_t p_t^a_t * N_c^b * e^(d if c is medium), not normalised: N x K.
+
+    logp: T x N x K; weights: (a_1 .. a_T, b, d); counts: (K,) tensor. With b and d that take off
+    the priors of the stages it is the balanced product of experts of BalPoE (Aimar et al., CVPR
+    2023).
+    """
+    *a, b, d = weights
+    return torch.tensordot(torch.stack(a), logp, 1) + product_bias(b, d, counts)
+
 
 def fit_product(logp, labels, counts):
-    """The weights w of `product` with the least log loss on held-out images, classes weighing alike, float (T + 2,):
-    they calibrate the sub-models (Guo et al., ICML 2017) and take off their priors (Menon et al., ICLR 2021). Not in
-    the paper. labels: int (N,)."""
+    """Weights of product_of_experts, float (T + 2,), with the least log loss on held-out images,
+    each class weighing alike. Not in the paper.
+
+    They calibrate the sub-models (Guo et al., ICML 2017) and take off their priors (Menon et al.,
+    ICLR 2021). logp: T x N x K; labels: int (N,); counts: (K,) tensor.
+    """
     rare = 1 / torch.bincount(labels, minlength=len(counts)).clamp_min(1)[labels].float()
-    w = torch.tensor([1 / len(logp)] * len(logp) + [0.0, 0.0], device=logp.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+    start = [1 / len(logp)] * len(logp) + [0.0, 0.0]
+    weights = torch.tensor(start, device=logp.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         """The loss with its gradient, as LBFGS asks for it."""
         optimizer.zero_grad()
-        loss = (rare * F.cross_entropy(product(logp, w, counts), labels, reduction="none")).sum() / rare.sum()
+        logits = product_of_experts(logp, weights, counts)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        loss = (rare * losses).sum() / rare.sum()
         loss.backward()
         return loss
     optimizer.step(closure)
-    return w.detach()
+    return weights.detach()
 
-@torch.no_grad()
-def predict(model, images, data, args, views=0):
-    """Logits of the images and of `views` random crop-and-flip views of each, (1 + views) x N x K on the device. The
-    views depend on --seed alone, so every model sees the same. images: uint8 array N x H x W x 3, or ImageFiles.
-    Processes share the work."""
-    model.eval()
-    out = torch.zeros(1 + views, len(images), data.num_classes, device=data.device)
-    for begin, x in data.test_batches(images):
-        rngs = [np.random.default_rng([args.seed, 3, v, begin]) for v in range(1, 1 + views)]
-        stacked = torch.cat([x] + [crop_flip(x, rng, x.shape[-1] // 8) for rng in rngs])
-        with autocast(data.device, args.precision):
-            logits = model(normalize(stacked, data.mean, data.std)).float()
-        out[:, begin:begin + len(x)] = logits.view(1 + views, len(x), -1)
-    return all_sum(out)
 
-def scored(logits, split, data, args):
-    """Top-1 accuracy by group, per class and as --test-shift asks, and ECE, from logits N x K (or log-probabilities).
+def enough_to_fit(labels, stages, num_classes):
+    """Whether each stage's group has at least 5 validation images in at least half of its
+    classes: with fewer the fitted weights are worse than equal ones. labels: int array (N,)."""
+    found = np.bincount(labels, minlength=num_classes)
+    return all((found[stage.classes] >= 5).mean() >= 0.5 for stage in stages)
+
+
+def scored(logits, split, data):
+    """Top-1 accuracy by group and per class, and ECE, from logits N x K (or log-probabilities).
     Nothing but None where the split is empty."""
     if not len(split):
         return dict.fromkeys((*GROUPS, "all", "per_class"))
-    ece = expected_calibration_error(logits.softmax(1), torch.from_numpy(split.labels).to(logits.device))
-    acc = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
-    return acc | shifted(acc["per_class"], data.counts, args.test_shift) | {"ece": ece}
+    labels = torch.from_numpy(split.labels).to(logits.device)
+    accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
+    return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
 
-def aggregate(probs, logp, w, split, stages, data, args):
-    """The four mixtures of the sub-models, each alone, and two diagnoses that use labels. probs: T x (1 + V) x N x K,
-    view 0 clean; logp: T x N x K, their mean logarithms; w: of `product`. Every prediction is the mean over the clean
-    image and its views; lambda is found from the first two random views."""
-    T, mean, began = len(probs), probs.mean(1), clock(data.device)
-    lam = {"instance": instance_weights(probs[:, 1], probs[:, 2])}
-    seconds = clock(data.device) - began
-    lam["group"] = instance_weights(probs[:, 1], probs[:, 2], shared=True)
-    lam["mean"] = torch.full((1, T), 1 / T, device=data.device)
-    mixed = {name: torch.einsum("tuk,ut->uk", mean, v.expand(len(split), -1)).log() for name, v in lam.items()}
-    mixed["product"] = product(logp, w, data.counts)
-    labels = torch.from_numpy(split.labels).to(data.device)
-    expert = torch.full((data.num_classes, T), 1 / T, device=data.device)  # of a class that no stage covers: all alike
-    for t, stage in enumerate(stages):
-        expert[stage.classes] = torch.eye(T, device=data.device)[t]
-    told = torch.einsum("tuk,ut->uk", mean, expert[labels])
-    chosen = {g: lam["instance"].cpu().numpy()[np.isin(split.labels, c)] for g, c in data.groups.items()}
-    return {"weights_seconds": seconds, "product": w.tolist(), "group_lambda": lam["group"][0].tolist(),
-            "lambda_by_group": {g: v.mean(0).tolist() if len(v) else None for g, v in chosen.items()},
-            "aggregations": {name: scored(m, split, data, args) for name, m in mixed.items()},
-            "alone": [scored(p.log(), split, data, args) for p in mean],
-            "oracle_by_true_group": scored(told.log(), split, data, args),
-            "at_least_one_right": 100 * (mean.argmax(2) == labels).any(0).float().mean().item()}
 
-def test_time(model, stages, data, args, run):
-    """Stage 1's network before TPD and the sub-models on the validation and the test images, then mixed. The weights of
-    the products are fitted on the validation split (without one: a plain mean of logits). report["bar"], what DO has to
-    beat, if stage 1 is the many: cross-entropy, its prior taken off (Menon et al., ICLR 2021: tau 1), and a product of
-    this one expert. Adds to run.report; returns the sub-models' plain state dicts."""
-    T, report, seconds = len(stages), run.report, 0.0
-    with reading(run.path / "stage1.pt", "copy it from where the run was begun"):
-        first = torch.load(run.path / "stage1.pt", map_location="cpu", weights_only=True)
-    probs = {part: torch.empty(T + 1, 1 + args.views, len(split), data.num_classes, device=data.device)
-             for part, split in (("val", data.val), ("test", data.test))}
-    states, single = [submodel_state(model, t) for t in range(1, T + 1)], {"ce": [1, 0, 0], "ce_la": [1, -1, 0]}
-    for t, state in enumerate([first, *states]):
-        network = build_model(args.arch, data.num_classes).to(data.device, memory_format=torch.channels_last)
-        network.load_state_dict(state)
-        name = f"sub-model {t}" if t else "stage 1 before TPD"
-        report["importance_by_group"][name] = importance_by_group(network, data, args)
-        with suppress(torch.fx.proxy.TraceError):  # BatchNorm goes into the convolutions: the same outputs, sooner
-            network = fuse(network.eval())
-        for part in probs:
-            began = clock(data.device)
-            probs[part][t] = predict(network, getattr(data, part).images, data, args, args.views).softmax(2)
-            seconds += (clock(data.device) - began) * (t > 0 and part == "test")
-    w = torch.tensor([1 / T] * T + [0.0, 0.0], device=data.device)
-    for part, split in (("val", data.val), ("test", data.test)):
-        logp = torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs[part]])
-        if part == "val" and len(split):
-            labels = torch.from_numpy(split.labels).to(data.device)
-            w, single["ce_fitted"] = (fit_product(some, labels, data.counts) for some in (logp[1:], logp[:1]))
-        if len(split):
-            report[part] = aggregate(probs[part][1:], logp[1:], w, split, stages, data, args)
-        bar = {name: product(logp[:1], torch.as_tensor(v).to(logp), data.counts) for name, v in single.items()}
-    report["bar"] = {name: scored(v, split, data, args) for name, v in bar.items() if stages[0].name == "many"}
-    report["test"]["forward_seconds"] = seconds
-    return states
+def record(network, label, loader, run):
+    """Accuracy on clean images as the stages pass, for the paper's Table 7."""
+    data = loader.data
+    entry = {"acc": scored(loader.predict(network, "test")[0], data.test, data),
+             "val": scored(loader.predict(network, "val")[0], data.val, data)}
+    run.report["submodels"][label] = entry
+    shown = [f"{g} {v:.1f}" for g in (*GROUPS, "all") if (v := entry["acc"][g]) is not None]
+    print(f"{label}, test: {', '.join(shown)}", flush=True)
 
-# --------------------------------------------------------------------------------------------------------------- report
 
-def importance_by_group(model, data, args):
-    """Mean Taylor importance of a weight to each class group (Fig. 1b): {"many", "medium", "few"}, None for an empty
-    group."""
-    result, log_alpha = {}, torch.zeros(data.num_classes, device=data.device)
+def importance_by_group(network, loader, images):
+    """Mean Taylor importance of a weight to each class group (Fig. 1b): {"many", "medium",
+    "few"}, None for an empty group."""
+    data, result = loader.data, {}
+    layers = weight_layers(network)
+    no_margin = torch.zeros(data.num_classes, device=loader.device)
     for name, classes in data.groups.items():
-        scores = importance(model, weight_layers(model), classes, log_alpha, data, args) if len(classes) else []
-        result[name] = float(sum(s.double().sum() for s in scores)) / sum(s.numel() for s in scores) if scores else None
+        result[name] = None
+        if len(classes):
+            scores = importance(network, layers, classes, no_margin, loader, images)
+            total = sum(float(score.double().sum()) for score in scores)
+            result[name] = total / sum(score.numel() for score in scores)
     return result
 
-def record(model, label, data, args, run):
-    """Accuracy on clean images as the stages pass, for the paper's Table 7."""
-    entry = {name: scored(predict(model, split.images, data, args)[0], split, data, args)
-             for name, split in (("acc", data.test), ("val", data.val))}
-    run.report["submodels"][label] = entry
-    print(f"{label}, test: " + ", ".join(f"{g} {entry['acc'][g]:.1f}" for g in (*GROUPS, "all")
-                                         if entry["acc"][g] is not None), flush=True)
 
-def show_report(report, args, run):
+def mixtures(probs, weights, data):
+    """({name: log-probabilities N x K} of the four mixtures, lambda U x T of the instance
+    weights, lambda (T,) of the group). probs: T x V x N x K, view 0 clean; weights: of the
+    product. Predictions are means over all views; lambda comes from the first two random ones."""
+    counts = torch.tensor(data.counts, dtype=torch.float32, device=probs.device)
+    mean = probs.mean(1)
+    instance = instance_weights(probs[:, 1], probs[:, 2])
+    group = group_weights(probs[:, 1], probs[:, 2])
+    mixed = {
+        "instance": torch.einsum("tuk,ut->uk", mean, instance).log(),
+        "group": torch.einsum("tuk,t->uk", mean, group).log(),
+        "mean": mean.mean(0).log(),
+        "product": product_of_experts(mean_log(probs), weights, counts),
+    }
+    return mixed, instance, group
+
+
+def mean_log(probs):
+    """Mean over the views of the logarithms: T x V x N x K -> T x N x K."""
+    return probs.clamp_min(1e-12).log().mean(1)
+
+
+def oracle(probs, labels, stages, num_classes):
+    """Predictions N x K with each image routed to the sub-model of its true group; of a class
+    that no stage covers, uniform. probs: T x N x K; labels: int tensor (N,). A diagnosis."""
+    T = len(probs)
+    route = torch.full((num_classes, T), 1 / T, device=probs.device)
+    for t, stage in enumerate(stages):
+        route[stage.classes] = torch.eye(T, device=probs.device)[t]
+    return torch.einsum("tuk,ut->uk", probs, route[labels])
+
+
+def aggregate(probs, weights, split, stages, data):
+    """The four mixtures of the sub-models, each alone, and two diagnoses that use labels; see
+    mixtures for the arguments."""
+    mixed, instance, group = mixtures(probs, weights, data)
+    labels = torch.from_numpy(split.labels).to(probs.device)
+    mean = probs.mean(1)
+    by_group = {}
+    for name, classes in data.groups.items():
+        chosen = instance[torch.from_numpy(np.isin(split.labels, classes)).to(probs.device)]
+        by_group[name] = chosen.mean(0).tolist() if len(chosen) else None
+    routed = oracle(mean, labels, stages, data.num_classes)
+    one_right = (mean.argmax(2) == labels).any(0).float().mean()
+    return {
+        "product": weights.tolist(),
+        "group_lambda": group.tolist(),
+        "lambda_by_group": by_group,
+        "aggregations": {name: scored(logp, split, data) for name, logp in mixed.items()},
+        "alone": [scored(p.log(), split, data) for p in mean],
+        "oracle_by_true_group": scored(routed.log(), split, data),
+        "at_least_one_right": 100 * one_right.item(),
+    }
+
+
+def baselines(test, val, data, fitted):
+    """What DO has to beat, from stage 1's network before TPD: cross-entropy, the same with post-hoc
+    logit adjustment (Menon et al., ICLR 2021: tau 1) and, if the product is fitted, with fitted
+    weights. test, val: 1 x V x N x K probabilities."""
+    counts = torch.tensor(data.counts, dtype=torch.float32, device=test.device)
+    kinds = {"ce": [1.0, 0.0, 0.0], "ce_la": [1.0, -1.0, 0.0]}
+    if fitted:
+        labels = torch.from_numpy(data.val.labels).to(test.device)
+        kinds["ce_fitted"] = fit_product(mean_log(val), labels, counts).tolist()
+    found = {}
+    for name, weights in kinds.items():
+        weights = torch.tensor(weights, device=test.device)
+        found[name] = scored(product_of_experts(mean_log(test), weights, counts), data.test, data)
+    return found
+
+
+def test_time(model, stages, loader, run):
+    """All sub-models on validation and test images, then mixed. Adds to run.report; returns what
+    model.pt predicts with: (plain state dicts, product's weights, its bias by class)."""
+    args, data, report, T = run.args, loader.data, run.report, len(stages)
+    counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
+    with reading(run.folder / "stage1.pt", "copy it from where the run was begun"):
+        first = torch.load(run.folder / "stage1.pt", map_location="cpu", weights_only=True)
+    states = {"stage 1 before TPD": first}
+    states |= {f"sub-model {t}": submodel_state(model, t) for t in range(1, T + 1)}
+    views = {"val": [], "test": []}
+    began = clock(loader.device)
+    for name, state in states.items():
+        plain = build_model(args.arch, data.num_classes, size=data.size)
+        plain.load_state_dict(state)
+        plain.to(loader.device, memory_format=torch.channels_last)
+        network = Network(plain, run.report["precision"])
+        for part, found in views.items():
+            found.append(loader.predict(network, part, args.views, args.seed).softmax(2))
+        images = args.importance_images
+        report["importance_by_group"][name] = importance_by_group(network, loader, images)
+    val, test = (torch.stack(found) for found in views.values())  # (1 + T) x V x N x K
+
+    weights = torch.tensor([1 / T] * T + [0.0, 0.0], device=loader.device)
+    report["fitted"] = enough_to_fit(data.val.labels, stages, data.num_classes)
+    if report["fitted"]:
+        labels = torch.from_numpy(data.val.labels).to(loader.device)
+        weights = fit_product(mean_log(val[1:]), labels, counts)
+    else:
+        print("\nThe product is not fitted, its sub-models weigh alike: fitting needs 5 validation "
+              "images in half of the classes of each stage's group")
+    report["val"] = aggregate(val[1:], weights, data.val, stages, data) if len(data.val) else None
+    report["test"] = aggregate(test[1:], weights, data.test, stages, data)
+    if stages[0].name == "many":
+        report["bar"] = baselines(test[:1], val[:1], data, report["fitted"])
+    report["eval_seconds"] = clock(loader.device) - began
+    bias = product_bias(weights[T], weights[T + 1], counts)
+    return [states[f"sub-model {t}"] for t in range(1, T + 1)], weights[:T], bias
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def show_report(report, run):
     """The tables and figures of the paper, from this run."""
-    test, curves = report["test"], report["pruning_curve"]
-    run.show("stages", "Clean test images (Table 7)", {k: entry["acc"] for k, entry in report["submodels"].items()})
-    lam = {f"sub-model {t + 1}": {g: v and v[t] for g, v in test["lambda_by_group"].items()}
-           for t in range(len(test["alone"]))}
-    run.show("lambda_by_group", "Mean lambda of the instance weights (Table 9)", lam, GROUPS, ".2f")
-    importances = report["importance_by_group"]
-    run.show("importance_by_group", "Mean Taylor importance of a weight (Fig. 1b)", importances, GROUPS, ".1e")
-    if curves:
-        rows = {f"{name} classes": {f"{g:.0%}": acc for g, acc in curve} for name, curve in curves.items()}
+    test = report["test"]
+    stages = {label: entry["acc"] for label, entry in report["submodels"].items()}
+    run.show("stages", "Clean test images (Table 7)", stages)
+    rows = {}
+    for t in range(len(test["alone"])):
+        lam = test["lambda_by_group"]
+        rows[f"sub-model {t + 1}"] = {g: lam[g] and lam[g][t] for g in GROUPS}
+    run.show("lambda_by_group", "Mean lambda of the instance weights (Table 9)", rows, GROUPS,
+             ".2f")
+    run.show("importance_by_group", "Mean Taylor importance of a weight (Fig. 1b)",
+             report["importance_by_group"], GROUPS, ".1e")
+    if report["pruning_curve"]:
+        rows = {}
+        for name, curve in report["pruning_curve"].items():
+            rows[f"{name} classes"] = {f"{g:.0%}": accuracy for g, accuracy in curve}
         ratios = [f"{10 * g}%" for g in range(10)]
         run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, ratios)
-    names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment", "ce_fitted": "  + fitted"}
-    rows = {names[key]: acc for key, acc in report["bar"].items()}
-    rows |= {f"sub-model {t} alone": acc for t, acc in enumerate(test["alone"], 1)}
-    rows |= {f"DO, {name}": acc for name, acc in test["aggregations"].items()}
-    rows |= {"(diagnosis) oracle by true group": test["oracle_by_true_group"]}
-    run.show("accuracy_by_group", "Mean over the clean image and its views", rows, (*GROUPS, "all", *args.test_shift))
-    print(f"(diagnosis) a sub-model is right: {test['at_least_one_right']:.1f} %; instance weights: "
-          f"{test['weights_seconds']:.2f} s beside {test['forward_seconds']:.1f} s of forward passes; weights of the "
-          f"product: {', '.join(f'{v:.2f}' for v in test['product'])}")
+    names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment",
+             "ce_fitted": "  + fitted"}
+    rows = {names[key]: accuracy for key, accuracy in report["bar"].items()}
+    rows |= {f"sub-model {t} alone": accuracy for t, accuracy in enumerate(test["alone"], 1)}
+    rows |= {f"DO, {name}": accuracy for name, accuracy in test["aggregations"].items()}
+    rows["oracle: routed by the true group"] = test["oracle_by_true_group"]
+    rows["model.pt: the product, clean images alone"] = report["clean"]
+    run.show("accuracy_by_group", "Mean over the clean image and its views", rows)
+    fitted = "fitted on validation images" if report["fitted"] else "not fitted"
+    print(f"some sub-model is right: {test['at_least_one_right']:.1f} % of the images; weights of "
+          f"the product, {fitted}: {', '.join(f'{w:.2f}' for w in test['product'])}")
 
-# ------------------------------------------------------------------------------------------------------- flags and main
-
-def parse_args(argv=None):
-    """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
-    parser = script_parser("Decoupled Optimisation (DO) for long-tailed recognition", "write the sub-models")
-    share, shares = number(above=0, below=1), number(above=0, below=1, several=True)
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=["default", "paper"], default="default", help="paper: every value as published")
-    add("--epochs", type=number(int, 0, several=True), help="one a stage: 100,50,50; 0: --weights names its stage1.pt")
-    add("--lr", type=number(above=0, several=True), help="peak rate, one a stage, as 0.1,0.05,0.05")
-    add("--schedule", choices=["cosine", "constant"], help="of the rate after stage 1, whose is a cosine to 0")
-    add = parser.add_argument_group("method").add_argument
-    add("--order", help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
-    add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
-    add("--gamma", type=lambda text: text if text == "auto" else shares(text), help="share pruned after each stage "
-        "but the last, as 0.5,0.8; or auto")
-    add("--few-sampling", choices=["balanced", "inverse"], default="balanced", help="draws of the few stage")
-    add("--loss", choices=["compensation", "ce"], default="compensation", help="ce: no margin in any stage (Table 8)")
-    add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor", help="what ranks the weights")
-    add("--importance-images", type=number(int, 1), help="training images a class for the score, at most")
-    add("--prune-classifier", type=int, choices=[0, 1], help="1: TPD ranks the last layer too; 0: each stage's own")
-    add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning (the paper's dt)")
-    add("--tpd-iters", type=number(int, 1), help="retraining iterations after each of them")
-    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of that retraining, cosine to 0")
-    add("--reinit", type=number(least=0), help="scale of the fresh weights over Kaiming's; 0 starts them at zero")
-    add("--agg", choices=["product", "instance", "group", "mean"], help="the mixture reported; the paper's: instance")
-    args = parser.parse_args(argv)
-    kind, imb = None, args.imb or 100
-    if args.dataset == "cifar100" and imb in (50, 100):  # --order, or three values of --epochs or --lr, ask for three
-        two = args.order in (None, "many,few") and all(len(v or []) < 3 for v in (args.epochs, args.lr))
-        kind = "cifar100, two stages" if two and args.recipe == "default" else "cifar100 imb 50" if imb == 50 else None
-    given = fill_in(args, RECIPES, kind)
-    args.order = args.order.split(",")
-    known = ("many", "medium", "medium-top", "medium-low", "few")
-    both = "medium" in args.order and set(args.order) & {"medium-top", "medium-low"}
-    if set(args.order) - set(known) or len(set(args.order)) != len(args.order) or both:
-        raise InputError(f"--order {','.join(args.order)}: name each stage once, of {', '.join(known)}")
-    T = len(args.order)
-    for flag, n in {"epochs": T, "lr": T, "gamma": T - 1}.items():
-        values = getattr(args, flag)
-        if values == "auto":
-            continue
-        if len(values) not in (1, n) and flag in given:
-            raise InputError(f"--{flag}: {len(values)} values for --order {','.join(args.order)}; give {n}, or one for "
-                             "all")
-        setattr(args, flag, (values + values[-1:] * n)[:n])
-    return args
-
-def make_stages(args, data):
-    """The list of Stage; a stage without classes is left out with a warning, but for a first "many", which then serves
-    all."""
-    stages, counts = [], data.counts
-    gammas = [None] * len(args.order) if args.gamma == "auto" else [*args.gamma, None]
-    for name, epochs, lr, gamma in zip(list(args.order), args.epochs, args.lr, gammas):
-        classes = stage_classes(counts, name)
-        if not len(classes) and (name != "many" or stages):
-            print(f"warning: no class is {name}; its stage is left out")
-            args.order.remove(name)
-            continue
-        classes = classes if len(classes) else np.arange(len(counts))
-        alpha = compensation_alpha(counts, name, args.rho) if args.loss == "compensation" else np.ones(len(counts))
-        probs = stage_class_probs(counts, name, args.rho, args.few_sampling)
-        log_alpha = torch.tensor(np.log(alpha), dtype=torch.float32, device=data.device)
-        stages.append(Stage(name, classes, probs, log_alpha, epochs, lr, gamma))
-    args.epochs = [stage.epochs for stage in stages]
-    if not stages:
-        raise InputError("--order: none of its stages has a class in this dataset; begin with many")
-    if args.gamma == "auto" and not all(np.isin(data.val.labels, s.classes).any() for s in stages[:-1]):
-        raise InputError("--gamma auto measures on validation images of each stage's classes; some have none")
-    return stages
 
 def main(argv=None):
     """Train, decouple, mix, evaluate: the whole method in the paper's order."""
     args = parse_args(argv)
     device = start(args)
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type, args.size, args.lists)
+    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
+                        args.size, args.lists)
     describe(data, args.split_seed)
     if data.multi_label:
-        raise InputError(f"--dataset {args.dataset} has several labels an image, which DO is not for; take more_lt.py")
-    data.to(device, args.batch_size, args.aug, args.workers)
-    stages = make_stages(args, data)
+        raise InputError(f"--dataset {args.dataset} has several labels per image, which DO is not "
+                         "for; take more_lt.py")
+    settle(args, data)
+    stages = make_stages(args, data, device)
+    stats = timm_stats(args.arch) if args.arch.startswith("timm:") else None
+    loader = Loader(data, device, args.batch_size, args.aug, args.workers, stats)
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, data.num_classes, args.weights or args.pretrained)
-    model, run = ready(add_owner_masks(model, args.prune_classifier), data, args, "do")
-    run.report = {"submodels": {}, "bar": {}, "importance_by_group": {}, "pruning_curve": {}, "gammas": [],
-                  "tpd_seconds": 0.0} | run.report
-    model.stage_rest = run.state.get("rest", {})
+    model = build_model(args.arch, data.num_classes, args.weights or args.pretrained, data.size)
+    add_owner_masks(model, args.prune_classifier)
+    run = Run(args, data)
+    run.report = {"submodels": {}, "bar": {}, "importance_by_group": {}, "pruning_curve": {},
+                  "gammas": [], "tpd_seconds": 0.0} | run.report
+    model.stage_rest = run.resumed.get("rest", {})
+    network = prepare(model, loader, run)
 
     for t, stage in enumerate(stages, 1):
-        if t >= run.state.get("stage", 1):
-            cpo(model, t, stage, data, args, run)  # Eq. 1-3
-            tpd(model, t, stage, data, args, run)  # Eq. 4; the last stage keeps all
-    states = test_time(model, stages, data, args, run)  # Eq. 5
+        if t >= run.resumed.get("stage", 1):
+            cpo(network, t, stage, loader, run)  # Eq. 1-3
+            tpd(network, t, stage, loader, run)  # Eq. 4; the last stage keeps all
+    states, weights, bias = test_time(model, stages, loader, run)  # Eq. 5
 
-    show_report(run.report, args, run)
-    report, test = run.report, run.report["test"]
-    saved = {"model.pt": {"stages": args.order, "model": model.state_dict(), "rest": model.stage_rest}}
-    exports = {f"submodel{t}.pt": state for t, state in enumerate(states, 1) if args.export}
-    kept = ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve", "test", "val")
-    result = {"method": "do", "eval_seconds": test["forward_seconds"] + test["weights_seconds"],
-              "aggregations": test["aggregations"], "lambda_by_group": test["lambda_by_group"]}
-    return run.finish(result | {k: report.get(k) for k in kept}, test["aggregations"][args.agg], data, saved, exports)
+    report = run.report
+    saved = what_predicts(args, loader, states, weights, bias)
+    classifier = Classifier(saved).to(device)
+    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
+    show_report(report, run)
+    kept = ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve", "test", "val",
+            "fitted", "eval_seconds", "clean")
+    result = {"method": "do"} | {key: report[key] for key in kept}
+    result |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group")}
+    return finish(run, result, report["test"]["aggregations"][args.agg], saved, loader)
+
+
+# -------------------------------- Running: the same in both scripts, skip this on a first reading
+
+
+def start(args):
+    """Set this process up; returns its torch.device. Joins torchrun's others through NCCL (CUDA)
+    or gloo (CPU); only process 0 prints. Raises InputError for an unavailable device or an
+    indivisible batch."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and name != "cpu":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
+                         "--device cpu") from None
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        if args.batch_size % WORLD or args.batch_size < 4 * WORLD:
+            raise InputError(f"--batch-size {args.batch_size}: the batch of all {WORLD} processes "
+                             f"must be a multiple of {WORLD}, with 4 images per process or more")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def run_name(method, args):
+    """The default --out."""
+    imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
+    arch = args.arch.replace(":", "_")
+    return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}_seed{args.seed}"
+
+
+def prepare(model, loader, run):
+    """The Network, on the device and ready to train, with the checkpoint's weights if the run is
+    resumed. On CUDA BatchNorm sees the batch of all processes (on the CPU each its share)."""
+    args, device, report = run.args, loader.device, run.report
+    if WORLD > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device, memory_format=torch.channels_last)
+    if args.precision != "auto":
+        report["precision"] = args.precision
+    elif "precision" not in report:
+        rates = all_sum(precision_rates(model, loader.data.size, device)).tolist()
+        report["precision"] = ("fp32", "bf16")[int(np.argmax(rates))]
+        print(f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
+              f"backward; takes {report['precision']}")
+    if run.resumed:
+        model.load_state_dict(run.resumed["model"])
+    if args.compile == 1 or (args.compile is None and device.type == "cuda"):
+        model.compile(mode="reduce-overhead")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
+          f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
+          f"writes {args.out}", flush=True)
+    return Network(model, report["precision"])
+
+
+def distribute(network):
+    """The network, in DistributedDataParallel when there are several processes (gradients are
+    averaged over them)."""
+    if WORLD == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
+    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
+    `warmup` epochs of rise."""
+    done = epoch + np.arange(steps) / steps
+    shape = np.ones(steps)
+    if schedule == "cosine":
+        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
+    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
+    return (peak * shape * rise).tolist()
+
+
+def stop_unless_finite(loss, model, where, flags="--lr"):
+    """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
+    values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
+    if not torch.stack([loss, *values]).isfinite().all():
+        if RANK == 0:
+            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
+                  f"checkpoint is kept: lower {flags} and start again, or look at the data",
+                  file=sys.stderr)
+        sys.exit(3)
+
+
+class Run:
+    """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
+    of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
+
+    Raises InputError for a folder that cannot be made, that holds a run (without --resume) or
+    another run (with it).
+    """
+    MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "data_root", "lists", "workers",
+                            "compile", "precision"}
+
+    def __init__(self, args, data):
+        self.args = args
+        self.folder = Path(args.out)
+        self.counts = data.counts.tolist()
+        self.resumed = read_checkpoint(self.folder / "last.pt") if args.resume else {}
+        if self.resumed:
+            self.check()
+        elif args.resume:
+            print(f"nothing to resume in {self.folder}: starting from the beginning")
+        elif list(self.folder.glob("last.pt*")):
+            raise InputError(f"--out {self.folder} holds a run: add --resume to go on with it, or "
+                             "give another folder")
+        self.report = self.resumed.get("report", {"log": [], "train_seconds": 0.0, "images": 0})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.folder}: cannot be made a folder ({error.strerror}); "
+                             "give another") from None
+
+    def check(self):
+        """Raise InputError when the checkpoint is of another run."""
+        saved, now = self.resumed.get("args", {}), vars(self.args)  # a foreign file has none
+        differing = [key for key in sorted(set(saved) | set(now))
+                     if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key)]
+        before = self.resumed.get("report", {}).get("precision")
+        if now["precision"] not in ("auto", before):
+            raise InputError(f"--precision {now['precision']}: the run in {self.folder} computes "
+                             f"in {before}; leave it out")
+        if differing:
+            key = differing[0]
+            raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
+                             f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
+                             "another --out")
+        if self.resumed["counts"] != self.counts:
+            raise InputError(f"{self.folder} is of a run on other data: its images per class "
+                             "differ; give another --out")
+
+    def save(self, model, optimizer=None, **where):
+        """Checkpoint: the model, its optimiser, the report and `where` the run stands. The one
+        before stays as *.prev."""
+        state = {"args": vars(self.args), "counts": self.counts, "report": self.report,
+                 "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict()}
+        write_file(self.folder / "last.pt", lambda tmp: torch.save(state | where, tmp),
+                   keep_previous=True)
+
+    def log(self, row, images, seconds, total):
+        """An epoch's row {column: value}: into log.csv and printed, with images/s and the minutes
+        left of `total` images."""
+        report = self.report
+        report["train_seconds"] += seconds
+        report["images"] += images
+        left = (total - report["images"]) * report["train_seconds"] / report["images"]
+        row = row | {"img/s": images / seconds, "min left": left / 60}
+        report["log"] = [*report["log"], row]
+
+        def write(tmp):
+            """One line per epoch."""
+            with open(tmp, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+                writer.writerows(report["log"])
+        write_file(self.folder / "log.csv", write)
+        if row["epoch"] == 1:
+            print("".join(f" {name:>9}" for name in row))
+        print("".join(f" {short(value):>9}" for value in row.values()), flush=True)
+
+    def show(self, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
+        """Print rows {label: {column: number or None}} as a table; as bars they are NAME.png."""
+        print("\n" + table(title, rows, columns, form))
+        try:
+            write_file(self.folder / f"{name}.png",
+                       lambda tmp: draw_bars(tmp, title, rows, columns))
+        except ImportError:
+            print(f"no {name}.png: pip install matplotlib")
+
+
+def short(value):
+    """A number as the log shows it."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def what_predicts(args, loader, states, weights, bias):
+    """The content of model.pt: all that models.load_classifier needs. states: plain state dicts of
+    networks; weights: one per network; bias: (K,)."""
+    data = loader.data
+    return {"arch": args.arch, "class_names": data.class_names, "size": list(data.size),
+            "resize": data.resize, "mean": loader.mean.cpu(), "std": loader.std.cpu(),
+            "multi_label": data.multi_label, "weights": weights.cpu(), "bias": bias.cpu(),
+            "networks": [{k: v.cpu() for k, v in state.items()} for state in states]}
+
+
+def finish(run, result, chosen, saved, loader):
+    """Write model.pt and result.json: `result`, the figures `chosen` that the run reports, and
+    what every run's has. Returns the result."""
+    args, report, folder = run.args, run.report, run.folder
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # no git here
+        commit = "unknown"
+    cuda = loader.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    seconds = report["train_seconds"]
+    result |= {key: getattr(args, key) for key in ("dataset", "imb", "arch", "seed", "split_seed",
+                                                   "epochs")}
+    result |= {"acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
+               "counts": run.counts, "ece": chosen["ece"], "precision": report["precision"],
+               "args": vars(args), "images_per_second": report["images"] / max(seconds, 1e-9),
+               "train_seconds": seconds, "device": device, "torch": torch.__version__,
+               "git": commit}
+    write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
+    write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
+    print(f"\nresult: {folder / 'result.json'}; label photographs with: python models.py "
+          f"{folder / 'model.pt'} PHOTOS")
+    return result
+
 
 if __name__ == "__main__":
     run_script(main)

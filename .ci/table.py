@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Tables of runs from their result.json files, mean and spread over seeds.
 
-    make table                                    README's tables and figure again, from .ci/results/*.json alone
-    python .ci/table.py runs/*/result.json        a table of any runs; names that differ in the seed alone are one row
+    make table                                    README's tables and figure, from .ci/results
+    python .ci/table.py runs/*/result.json        a table of any runs; seeds of one name are a row
+    python .ci/table.py --shift forward:50 runs/*/result.json     were test classes so frequent
 
-README's tables stand between two marker comments, `<!-- table: NAME -->` and `<!-- end -->`; TABLES: what is in them.
+README's tables stand between two marker comments, `<!-- table: NAME -->` and `<!-- end -->`;
+TABLES says what is in them.
 """
+import argparse
 import json
 import re
 import sys
@@ -15,112 +18,205 @@ import numpy as np
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data_lt import draw_bars, longtail_counts
+
 GROUPS = ("many", "medium", "few", "all")
 SHIFTS = ("forward:50", "forward:10", "all", "backward:10", "backward:50")
-DO, THREE, BASE = (f"{name}_cifar100_imb100_resnet32_200ep_mixup" for name in ("do_150_50", "do", "base_bsce"))
+DO = "do_150_50_cifar100_imb100_resnet32_200ep_mixup"
+THREE = "do_cifar100_imb100_resnet32_200ep_mixup"
+BASE = "base_bsce_cifar100_imb100_resnet32_200ep_mixup"
 DO50, THREE50, BASE50 = (name.replace("imb100", "imb50") for name in (DO, THREE, BASE))
 PAPER = "paper_cifar100_imb100_resnet32_200ep"
-SHORT, SCRATCH = (f"{name}_bsce_cifar100_imb100_resnet20_50ep" for name in ("base", "more"))
-FINE, MORE = (f"ft_{name}_bsce_cifar100_imb100_resnet20_4ep" for name in ("base", "more"))
+SHORT = "base_bsce_cifar100_imb100_resnet20_50ep"
+SCRATCH = "more_bsce_cifar100_imb100_resnet20_50ep"
+FINE = "ft_base_bsce_cifar100_imb100_resnet20_4ep"
+FINE_MORE = "ft_more_bsce_cifar100_imb100_resnet20_4ep"
 VIEWS = "results/test, mean of 3 views"
-TABLES = {  # name: (columns, [(label, name of the runs without seed, keys to the figures in result.json, the paper's)])
+ROUTED = "test/oracle_by_true_group"
+
+# name: (columns, rows); a row is (label, name of the runs without seed, where the figures are in
+# result.json, the paper's figures). Two names: the second's figures less the first's, pair by
+# pair, with a 95 % interval.
+TABLES = {
     "cifar": (GROUPS, [
-        ("stage 1: cross-entropy, 150 ep.", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
-        ("the same + logit adjustment", DO, "bar/ce_la", ""),
-        ("**balanced softmax, 200 epochs**: the fair bar", BASE, VIEWS, "50.8"),
-        ("DO, equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
-        ("DO, instance weights (Eq. 5)", DO, "aggregations/instance", ""),
-        ("**DO, product of its sub-models** (the default)", DO, "aggregations/product", ""),
-        ("three stages (`--order many,medium,few`), product", THREE, "aggregations/product", ""),
-        ("(diagnosis) the three, told each image's true group", THREE, "test/oracle_by_true_group", ""),
-        ("`--recipe paper`, instance weights", PAPER, "aggregations/instance", "67.5 / 47.8 / 44.6 / 53.8"),
-        ("ratio 50: balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
-        ("ratio 50: DO, product, three stages", THREE50, "aggregations/product", ""),
-        ("ratio 50: DO, product", DO50, "aggregations/product", "66.1 / 56.1 / 52.2 / 58.2")]),
+        ("cross-entropy (DO's stage 1, 150 epochs)", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
+        ("the same + post-hoc logit adjustment", DO, "bar/ce_la", ""),
+        ("**balanced softmax**, 200 epochs", BASE, VIEWS, "50.8"),
+        ("**DO**, two stages of 150 and 50 epochs", DO, "aggregations/product",
+         "67.5 / 47.8 / 44.6 / 53.8"),
+        ("DO, three stages of 100, 50 and 50 epochs", THREE, "aggregations/product", ""),
+        ("DO, every value as published", PAPER, "aggregations/instance",
+         "67.5 / 47.8 / 44.6 / 53.8"),
+    ]),
+    "mixtures": (GROUPS, [
+        ("equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
+        ("instance weights (`--agg instance`, Eq. 5)", DO, "aggregations/instance", ""),
+        ("product (the default)", DO, "aggregations/product", ""),
+        ("three stages, oracle: routed by the true group", THREE, ROUTED, ""),
+    ]),
+    "ratio50": (GROUPS, [
+        ("balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
+        ("DO, two stages of 150 and 50 epochs", DO50, "aggregations/product",
+         "66.1 / 56.1 / 52.2 / 58.2"),
+        ("DO, three stages of 100, 50 and 50 epochs", THREE50, "aggregations/product", ""),
+    ]),
     "shift": (SHIFTS, [
         ("DO, equal weights", DO, "aggregations/mean", ""),
         ("DO, instance weights (the paper's)", DO, "aggregations/instance", ""),
-        ("DO, product", DO, "aggregations/product", "")]),
-    "more": (GROUPS, [  # two names: the second's figures less the first's, pair by pair, with a 95 % interval
-        ("fine-tuned: MORE less balanced softmax, 95 % interval", (FINE, MORE), VIEWS, ""),
-        ("the same runs: W_g alone less the whole, one view", (MORE, MORE),
+        ("DO, product", DO, "aggregations/product", ""),
+    ]),
+    "more": (GROUPS, [
+        ("fine-tuned: MORE less balanced softmax", (FINE, FINE_MORE), VIEWS, ""),
+        ("the same runs: W_g alone less the whole, one view", (FINE_MORE, FINE_MORE),
          ("results/test", "results/test, W_g alone"), ""),
-        ("from scratch, 50 epochs: MORE less balanced softmax", (SHORT, SCRATCH), VIEWS, "")])}
+        ("from scratch, 50 epochs: MORE less balanced softmax", (SHORT, SCRATCH), VIEWS, ""),
+    ]),
+}
+
+
+def counts_of(result):
+    """Training images per class of a run; older results hold the ratio alone."""
+    if "counts" in result:
+        return result["counts"]
+    return longtail_counts(len(result["per_class"]), 500, result["imb"])
+
+
+def shifted(per_class, counts, shift):
+    """Accuracy in percent were the test classes as frequent as `shift` says (LADE, Hong et al.,
+    CVPR 2021): a weighted mean of the accuracies by class.
+
+    forward:R falls from the most to the least frequent training class by a ratio R, backward:R
+    rises, uniform is flat. per_class: percent or None (K,); counts: (K,).
+    """
+    kind, _, ratio = shift.partition(":")
+    slope = {"forward": -1, "uniform": 0, "backward": 1}[kind]
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    rank = np.argsort(order) / max(len(counts) - 1, 1)  # 0: most frequent
+    weights = float(ratio or 1) ** (slope * rank)
+    seen = [c for c, value in enumerate(per_class) if value is not None]
+    return float(np.average(np.array(per_class, float)[seen], weights=weights[seen]))
+
 
 def figures(result, path, columns=GROUPS):
     """The figures of `columns` in a result, found by keys with / between."""
+    found = result
     for key in path.split("/"):
-        result = result[key]
-    return [result[c] for c in columns]
+        found = found[key]
+    values = []
+    for column in columns:
+        if column in GROUPS:
+            values.append(found[column])
+        else:
+            values.append(shifted(found["per_class"], counts_of(result), column))
+    return values
+
 
 def cells(rows):
-    """Mean, and with several seeds the standard deviation, of each column; "-" for a group without classes."""
+    """Mean, and with several seeds the standard deviation, of each column; "-" for a group
+    without classes."""
     out = []
     for values in zip(*rows):
-        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(rows) > 1 and None not in values else ""
-        out.append("-" if None in values else f"{np.mean(values):.1f}{deviation}")
+        if None in values:
+            out.append("-")
+            continue
+        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(rows) > 1 else ""
+        out.append(f"{np.mean(values):.1f}{deviation}")
     return out
 
+
 def differences(before, after):
-    """Mean of the paired differences of each column, with the half width of Student's 95 % interval; one pair has
-    none."""
+    """Mean of the paired differences of each column, with the half width of Student's 95 %
+    interval; one pair has none."""
     gaps = np.array(after) - np.array(before)
     if len(gaps) == 1:
         return [f"{gap:+z.1f}" for gap in gaps[0]]
-    half = student.ppf(0.975, len(gaps) - 1) * gaps.std(0, ddof=1) / len(gaps) ** 0.5
+    error = gaps.std(0, ddof=1) / len(gaps) ** 0.5
+    half = student.ppf(0.975, len(gaps) - 1) * error
     return [f"{mean:+z.1f} ± {width:.1f}" for mean, width in zip(gaps.mean(0), half)]
+
 
 def runs(name, folder=ROOT / ".ci" / "results"):
     """{seed: result} of the runs that were kept under a name."""
-    return {file.stem.split("_seed")[1]: json.loads(file.read_text())
-            for file in sorted(folder.glob(f"{name}_seed*.json"))}
+    found = {}
+    for file in sorted(folder.glob(f"{name}_seed*.json")):
+        found[file.stem.split("_seed")[1]] = json.loads(file.read_text())
+    return found
+
+
+def readme_row(label, run, path, columns):
+    """The cells of a row of README's tables, or None when its runs are yet to come."""
+    both = [runs(name) for name in (run if isinstance(run, tuple) else (run,))]
+    paths = path if isinstance(path, tuple) else [path] * len(both)
+    seeds = [seed for seed in both[0] if seed in both[-1]]  # a run without partner is left out
+    found = [[figures(results[seed], where, columns) for seed in seeds]
+             for results, where in zip(both, paths)]
+    if not seeds:
+        return None
+    values = differences(*found) if len(found) == 2 else cells(found[0])
+    return [label, str(len(seeds)), *values]
+
 
 def readme_table(name):
     """The lines of one of README's tables."""
     columns, rows = TABLES[name]
     papers = any(paper for *_, paper in rows)
-    lines = [f"| | seeds | {' | '.join(columns)} |" + " the paper's |" * papers]
-    lines.append("|---" * (len(columns) + 2 + papers) + "|")
+    head = ["", "seeds", *columns] + ["the paper's"] * papers
+    lines = [head, ["---"] * len(head)]
     for label, run, path, paper in rows:
-        both = [runs(r) for r in run] if isinstance(run, tuple) else [runs(run)]
-        seeds = [seed for seed in both[0] if seed in both[-1]]  # a run whose partner is yet to come is left out
-        paths = path if isinstance(path, tuple) else [path] * len(both)
-        found = [[figures(results[seed], where, columns) for seed in seeds] for results, where in zip(both, paths)]
-        if all(found):  # rows come as their runs do
-            row = " | ".join(differences(*found) if len(found) == 2 else cells(found[0]))
-            lines.append(f"| {label} | {len(found[0])} | {row} |" + f" {paper} |" * papers)
-    return lines
+        row = readme_row(label, run, path, columns)
+        if row:
+            lines.append(row + [paper] * papers)
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
-def draw(path, count=7):
-    """The first rows of README's first table as bars, means over the seeds (needs matplotlib)."""
-    sys.path.insert(0, str(ROOT))
-    from data_lt import draw_bars
+
+def draw(path):
+    """README's first table as bars, means over the seeds (needs matplotlib)."""
     columns, rows = TABLES["cifar"]
-    means = {re.sub("[*`]", "", label): dict(zip(columns, np.mean([figures(r, keys) for r in runs(run).values()], 0)))
-             for label, run, keys, _ in rows[:count]}
+    means = {}
+    for label, run, keys, _ in rows:
+        found = [figures(result, keys) for result in runs(run).values()]
+        means[label.replace("*", "")] = dict(zip(columns, np.mean(found, 0)))
     draw_bars(path, "CIFAR-100-LT, ratio 100: top-1 % of test images", means, columns)
+
 
 def rebuilt(text):
     """README with every table between markers made anew."""
     def table(match):
-        return f"<!-- table: {match[1]} -->\n" + "\n".join(readme_table(match[1])) + "\n<!-- end -->"
+        lines = "\n".join(readme_table(match[1]))
+        return f"<!-- table: {match[1]} -->\n{lines}\n<!-- end -->"
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
-def any_runs(paths):
+
+def any_runs(paths, shifts):
     """Lines of a plain table of result.json files."""
-    runs = {}
+    found = {}
     for path in map(Path, paths):
         name = path.parent.name if path.name == "result.json" else path.stem
-        runs.setdefault(re.sub(r"_seed\d+", "", name), []).append(figures(json.loads(path.read_text()), "acc"))
-    lines = [f"{'':50}{'seeds':>6}" + "".join(f"{g:>14}" for g in GROUPS)]
-    for name, rows in sorted(runs.items()):
+        result = json.loads(path.read_text())
+        row = figures(result, "acc")
+        row += [shifted(result["per_class"], counts_of(result), shift) for shift in shifts]
+        found.setdefault(re.sub(r"_seed\d+", "", name), []).append(row)
+    heads = "".join(f"{column:>14}" for column in (*GROUPS, *shifts))
+    lines = [f"{'':50}{'seeds':>6}{heads}"]
+    for name, rows in sorted(found.items()):
         lines.append(f"{name:50}{len(rows):6}" + "".join(f"{cell:>14}" for cell in cells(rows)))
     return lines
 
+
+def main():
+    """README's tables, or a table of the given runs."""
+    parser = argparse.ArgumentParser(description="tables of runs")
+    parser.add_argument("results", nargs="*", help="result.json files (none: README's tables)")
+    parser.add_argument("--shift", default="", help="as forward:50,uniform,backward:50")
+    args = parser.parse_args()
+    if args.results:
+        print("\n".join(any_runs(args.results, args.shift.split(",") if args.shift else [])))
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(rebuilt(readme.read_text()))
+    draw(ROOT / ".ci" / "accuracy_by_group.png")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print("\n".join(any_runs(sys.argv[1:])))
-    else:
-        readme = ROOT / "README.md"
-        readme.write_text(rebuilt(readme.read_text()))
-        draw(ROOT / ".ci" / "accuracy_by_group.png")
+    main()
