@@ -40,13 +40,11 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WORKERS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORKERS = max(1, min(16, WORKERS))  # processes that decode photographs
 
-
 def all_sum(tensor):
     """The sum of `tensor` over all processes, in place; returns it."""
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
-
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or file, what is wrong and what to do.
@@ -54,9 +52,7 @@ class InputError(ValueError):
     The scripts print it and end with exit code 2.
     """
 
-
 # ------------------------------------------------------------------------------ splits and groups
-
 
 def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
     """Training images per class, int array (K,), from n_max down to about n_max / imb.
@@ -76,7 +72,6 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
         raise ValueError(f"imb_type {imb_type}: unknown; take exp or step")
     return (counts + 1e-9).astype(np.int64)  # 1e-9: powers that should be whole numbers stay so
 
-
 def class_groups(counts, many=100, few=20):
     """Class indices by training images: {"many": over `many`, "few": under `few`, "medium": the
     others}. counts: (K,)."""
@@ -86,7 +81,6 @@ def class_groups(counts, many=100, few=20):
         "medium": np.flatnonzero((counts <= many) & (counts >= few)),
         "few": np.flatnonzero(counts < few),
     }
-
 
 def longtail_indices(labels, counts, split_seed=0):
     """(kept, left): the images that the long-tailed split keeps, and of those that it leaves out
@@ -108,7 +102,6 @@ def longtail_indices(labels, counts, split_seed=0):
         kept.append(members[:n])
         left.append(members[n:][:VAL_PER_CLASS])
     return np.concatenate(kept), np.concatenate(left)
-
 
 def longtail_multilabel(labels, counts, split_seed=0):
     """(kept, left): a long-tailed draw for several labels per image, and up to VAL_PER_CLASS of
@@ -136,16 +129,13 @@ def longtail_multilabel(labels, counts, split_seed=0):
         left[members[:VAL_PER_CLASS]] = True
     return np.flatnonzero(taken), np.flatnonzero(left)
 
-
 def class_counts(labels, num_classes):
     """Images per class, int array (K,). labels: int (N,) or 0/1 N x K."""
     if labels.ndim == 1:
         return np.bincount(labels, minlength=num_classes)
     return labels.sum(0, dtype=np.int64)
 
-
 # ------------------------------------------------------------------------------------------ draws
-
 
 class ClassSampler:
     """Draws a class by its probability, then one of its images uniformly: num_samples int64
@@ -201,9 +191,7 @@ class ClassSampler:
     def __len__(self):
         return len(range(self.rank, self.num_samples, self.world_size))
 
-
 # ---------------------------------------------------------------------------------------- metrics
-
 
 def group_means(values, groups):
     """{"many", "medium", "few", "all"}: means over the classes of each group, None for a group
@@ -215,11 +203,9 @@ def group_means(values, groups):
         means[name] = None if np.isnan(members).all() else float(np.nanmean(members))
     return means
 
-
 def listed(values):
     """A list of floats for JSON: None where `values` (K,) is NaN."""
     return [None if math.isnan(v) else float(v) for v in values]
-
 
 def group_accuracy(predicted, labels, counts):
     """Top-1 accuracy in percent: {"many", "medium", "few", "all"}, means over the classes of a
@@ -232,7 +218,6 @@ def group_accuracy(predicted, labels, counts):
     per_class = 100 * correct / np.where(total == 0, np.nan, total)
     return group_means(per_class, class_groups(counts)) | {"per_class": listed(per_class)}
 
-
 def expected_calibration_error(probs, labels, bins=15):
     """ECE in percent: mean gap between confidence and accuracy over equal-width bins
     (Guo et al., ICML 2017). probs: tensor N x K; labels: int tensor (N,)."""
@@ -242,21 +227,24 @@ def expected_calibration_error(probs, labels, bins=15):
     bin_of = bin_of.clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.double, device=probs.device)
     gap.index_add_(0, bin_of, confidence - correct)
-    return float(100 * gap.abs().sum() / len(labels))
-
+    share = gap.abs().sum() / len(labels)
+    return float(100 * share)
 
 def table(title, rows, columns, form=".1f"):
     """Lines of an aligned table. rows: {label: {column: number or None}}, "-" for None."""
-    lines = [f"{title:46}" + "".join(f" {column:>11}" for column in columns)]
+    def line(label, cells):
+        """The label and the cells, aligned."""
+        return f"{label:46}" + "".join(f" {cell:>11}" for cell in cells)
+    lines = [line(title, columns)]
     for label, values in rows.items():
-        cells = ["-" if values[c] is None else format(values[c], form) for c in columns]
-        lines.append(f"{label:46}" + "".join(f" {cell:>11}" for cell in cells))
+        found = [values[column] for column in columns]
+        lines.append(line(label, ["-" if v is None else format(v, form) for v in found]))
     return "\n".join(lines)
-
 
 def draw_bars(path, title, rows, columns):
     """The numbers of a `table` as bars, side by side for each column, in a PNG (matplotlib)."""
     from matplotlib.figure import Figure
+
     x = np.arange(len(columns))
     width = 0.8 / len(rows)
     figure = Figure((3 + 1.1 * len(columns), 3.2), layout="constrained")
@@ -269,9 +257,7 @@ def draw_bars(path, title, rows, columns):
     figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120, format="png")
 
-
 # ---------------------------------------------------------------- augmentation, a batch at a time
-
 
 def to_device(array, device):
     """A numpy array as a tensor on the device. A GPU fetches it from pinned memory while the host
@@ -281,25 +267,25 @@ def to_device(array, device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
-
 def crop_flip(images, rng, pad):
     """A random crop of the zero-padded image, and a flip with probability one half.
 
     images: uint8 n x 3 x H x W, any device -> the same shape. rng: numpy Generator.
     """
     n, _, h, w = images.shape
-    top = rng.integers(2 * pad + 1, size=n)
-    left = rng.integers(2 * pad + 1, size=n)
-    flip = rng.random(n) < 0.5
-    columns = np.where(flip[:, None], np.arange(w)[::-1], np.arange(w))
-    rows = to_device(top[:, None] + np.arange(h), images.device)
-    columns = to_device(left[:, None] + columns, images.device)
+    top = rng.integers(2 * pad + 1, size=(n, 1))
+    left = rng.integers(2 * pad + 1, size=(n, 1))
+    flip = rng.random((n, 1)) < 0.5
+    forwards = np.arange(w)
+    columns = left + np.where(flip, forwards[::-1], forwards)
+    rows = top + np.arange(h)
+    rows = to_device(rows, images.device)
+    columns = to_device(columns, images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     padded = padded.permute(0, 2, 3, 1)  # n x H x W x 3: channels move together
     image = torch.arange(n, device=images.device).view(n, 1, 1)
     crops = padded[image, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2)
-
 
 def random_resized_crop(images, rng, size):
     """A random part of each image, 8 to 100 % of its area, 3:4 to 4:3, resized to size x size
@@ -311,19 +297,23 @@ def random_resized_crop(images, rng, size):
     n = len(images)
     area = rng.uniform(0.08, 1, n)
     ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
-    w = np.minimum(np.sqrt(area * ratio), 1)  # shares of the image's sides
-    h = np.minimum(np.sqrt(area / ratio), 1)
+    w = np.sqrt(area * ratio)  # shares of the image's sides
+    h = np.sqrt(area / ratio)
+    w = np.minimum(w, 1)
+    h = np.minimum(h, 1)
     left = rng.random(n) * (1 - w)
     top = rng.random(n) * (1 - h)
     flip = np.where(rng.random(n) < 0.5, -1, 1)
     zero = np.zeros(n)
-    # affine maps from the crop to the image, both with coordinates from -1 to 1
-    maps = np.array([w * flip, zero, 2 * left + w - 1, zero, h, 2 * top + h - 1], np.float32)
-    maps = to_device(maps.T.reshape(n, 2, 3), images.device)
+    maps = [  # affine, 2 x 3, from the crop to the image, both with coordinates from -1 to 1
+        w * flip, zero, 2 * left + w - 1,
+        zero, h, 2 * top + h - 1,
+    ]
+    maps = np.stack(maps, 1).astype(np.float32)
+    maps = to_device(maps.reshape(n, 2, 3), images.device)
     grid = F.affine_grid(maps, [n, 3, size, size], align_corners=False)
     crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return crops.round_().to(torch.uint8)
-
 
 def rand_augment(images, rng, group):
     """torchvision's RandAugment (Cubuk et al., CVPR workshops 2020): two operations at a
@@ -334,13 +324,12 @@ def rand_augment(images, rng, group):
     out = torch.empty_like(images)
     parts = math.ceil(len(images) / group)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
         for picked in np.array_split(rng.permutation(len(images)), parts):
             picked = to_device(picked, images.device)
             operations = v2.RandAugment(2, int(rng.integers(19)))
             out[picked] = operations(images[picked])
     return out
-
 
 def augment(images, rng, kind="strong", crop=None, group=8):
     """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop,
@@ -360,7 +349,6 @@ def augment(images, rng, kind="strong", crop=None, group=8):
         images = rand_augment(images.contiguous(), rng, group)
     return images
 
-
 def mixup(x, y, alpha, rng):
     """(mixed images, [(share, labels), ..]): each image is lam x + (1 - lam) times the image at
     the other end of the batch, lam ~ Beta(alpha, alpha) once per batch. The loss is the sum of
@@ -371,13 +359,12 @@ def mixup(x, y, alpha, rng):
     mixed = lam * x + (1 - lam) * x.flip(0)
     return mixed, [(lam, y), (1 - lam, y.flip(0))]
 
-
 def normalize(images, mean, std):
     """uint8 n x 3 x H x W -> float32 in channels_last order. mean, std: (3,) tensors in 0..255
     units, on the device of the images."""
     x = images.to(torch.float32, memory_format=torch.channels_last)
-    return x.sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
-
+    x.sub_(mean.view(1, 3, 1, 1))
+    return x.div_(std.view(1, 3, 1, 1))
 
 def channel_stats(images):
     """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3.
@@ -387,21 +374,21 @@ def channel_stats(images):
     if on_disk(images) or images.shape[1] > 64:
         mean = torch.tensor([123.675, 116.28, 103.53])
         return mean, torch.tensor([58.395, 57.12, 57.375])
-    histograms = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]
+    histograms = []
+    for c in range(3):
+        values = images[..., c].ravel()
+        histograms.append(np.bincount(values, minlength=256))
     share = np.stack(histograms) * 3 / images.size
     mean = share @ np.arange(256)
-    variance = share @ np.arange(256) ** 2 - mean ** 2
+    variance = share @ np.arange(256) ** 2 - mean**2
     std = np.sqrt(variance).clip(1.0)
     return torch.tensor(mean).float(), torch.tensor(std).float()
 
-
 # ---------------------------------------------------------------------------- photographs on disk
-
 
 def on_disk(images):
     """Whether a split's images are paths of photographs rather than pixels."""
     return images.dtype == object
-
 
 def decode(path):
     """The photograph at `path` as an RGB PIL image of 8 bits per channel: upright as its EXIF
@@ -419,7 +406,6 @@ def decode(path):
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
 
-
 def deep_grey(image):
     """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
 
@@ -427,7 +413,7 @@ def deep_grey(image):
     that holds its brightest pixel.
     """
     values = np.asarray(image, dtype=np.float64)
-    scales = [255, 65535, 2 ** 32 - 1]
+    scales = [255, 65535, 2**32 - 1]
     if image.mode == "F":
         scales = [1, *scales]
     if image.mode.startswith("I;16"):
@@ -435,17 +421,16 @@ def deep_grey(image):
     full = next((scale for scale in scales if values.max() <= scale), scales[-1])
     return Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))
 
-
 def centre_view(size, resize):
     """The transform of photographs for testing: PIL image -> uint8 tensor 3 x H x W. The shorter
     side becomes `resize` pixels and the centre is cut out. size: (H, W)."""
-    return v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
-
+    steps = [v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()]
+    return v2.Compose(steps)
 
 def random_view(size):
     """The transform of photographs for training: a random resized crop and a flip."""
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-
+    steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    return v2.Compose(steps)
 
 class _Decoder(torch.utils.data.Dataset):
     """(position, row) -> the photograph paths[row], transformed with random numbers that depend
@@ -463,7 +448,6 @@ class _Decoder(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(seed[0]))
             return self.transform(image)
-
 
 def decoded(paths, groups, transform, key=(0,), workers=0, pin=False):
     """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `groups`.
@@ -489,9 +473,7 @@ def decoded(paths, groups, transform, key=(0,), workers=0, pin=False):
         error.with_traceback(None)  # its frames hold the loader; without them its workers end
     raise InputError(message)
 
-
 # ----------------------------------------------------------------------------- datasets, batches
-
 
 @dataclass
 class Split:
@@ -502,7 +484,6 @@ class Split:
 
     def __len__(self):
         return len(self.labels)
-
 
 @dataclass
 class Dataset:
@@ -540,12 +521,12 @@ class Dataset:
         100 images among the many."""
         return class_groups(self.counts, many=99 if self.name in ("voc_mlt", "coco_mlt") else 100)
 
-
 class MemoryImages:
     """Batches of a split's images that are arrays, in memory or memory-mapped.
 
     They lie on the device, unless they take more than 60 % of a GPU's free memory.
     """
+
     batch = 512  # images that are evaluated at once
 
     def __init__(self, data, images, device, aug):
@@ -577,13 +558,12 @@ class MemoryImages:
         at_once = 16 if self.small else 1
         start = 0
         for i in range(0, len(groups), at_once):
-            some = groups[i:i + at_once]
+            some = groups[i : i + at_once]
             rng = np.random.default_rng([*key, start, RANK])
             images = self.take(np.concatenate(some))
             x = augment(images, rng, self.aug, self.crop, 8 * at_once)
             yield from x.split([len(rows) for rows in some])
             start += len(x)
-
 
 class DiskImages:
     """Batches of a split's photographs on disk, with the methods of MemoryImages."""
@@ -615,7 +595,6 @@ class DiskImages:
                 x = rand_augment(x, np.random.default_rng([*key, start, RANK]), 8)
             yield x
             start += len(x)
-
 
 class Loader:
     """Batches of a Dataset on a device.
@@ -654,11 +633,14 @@ class Loader:
         sampler = ClassSampler(labels, class_probs, samples, seed, RANK, WORLD)
         return sampler.set_epoch(epoch).indices().reshape(steps, -1)
 
-    def batches(self, groups, key):
-        """Training batches (x, y) of the index arrays in `groups`: augmented, x normalised float
-        n x 3 x H x W, y (n,) or n x K. key: ints that fix the augmentation."""
-        for x, rows in zip(self.sources["train"].augmented(groups, key), groups):
-            yield normalize(x, self.mean, self.std), self.labels[to_device(rows, self.device)]
+    def batches(self, groups, key, alpha=0.0):
+        """Training batches (x, [(share, y), ..]) of the index arrays in `groups`: augmented, x
+        normalised float n x 3 x H x W, y (n,) or n x K. alpha: see mixup. key: ints that fix what
+        is random."""
+        rng = np.random.default_rng([*key, RANK])
+        for images, rows in zip(self.sources["train"].augmented(groups, key), groups):
+            x = normalize(images, self.mean, self.std)
+            yield mixup(x, self.labels[to_device(rows, self.device)], alpha, rng)
 
     def clean_batches(self, groups):
         """Training images of the index arrays in `groups`, normalised but not augmented."""
@@ -685,9 +667,8 @@ class Loader:
                 rng = np.random.default_rng([seed, 3, view, rows[0]])
                 seen.append(crop_flip(images, rng, images.shape[-1] // 8))
             found = network(normalize(torch.cat(seen), self.mean, self.std))
-            logits[:, rows[0]:rows[-1] + 1] = found.view(1 + views, len(rows), -1)
+            logits[:, rows[0] : rows[-1] + 1] = found.view(1 + views, len(rows), -1)
         return all_sum(logits)
-
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
@@ -721,7 +702,6 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     name = str(arrays.get("name", name))
     return Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
 
-
 def read_dataset(name, root, lists, split_seed):
     """What a reader finds, {"train_images": .., "train_labels": .., .., "source": what was read}.
     Arguments: see load_dataset. Raises InputError."""
@@ -737,7 +717,6 @@ def read_dataset(name, root, lists, split_seed):
     raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz or "
                      "a folder with train/ and test/")
 
-
 def recipe_name(dataset):
     """The name whose recipe a --dataset has: its own; what was packed; "default" for another
     .npz, "folder" for another folder."""
@@ -748,7 +727,6 @@ def recipe_name(dataset):
         with reading(path), np.load(path) as file:
             return str(file["name"]) if "name" in file.files else "default"
     return "folder" if path.is_dir() else dataset
-
 
 def image_size(source, images, size, packed):
     """(size, resize, photographs) of a Dataset from its images and --size. packed: they are
@@ -768,7 +746,6 @@ def image_size(source, images, size, packed):
                          "as they are; leave it out")
     return (height, width), max(height, width), False
 
-
 def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
     """The splits with a long-tailed draw of the training images, and those that it leaves out as
     validation images unless there are some. Raises InputError."""
@@ -781,15 +758,14 @@ def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
     except ValueError as error:
         raise InputError(f"{source} with --imb {imb:g}: {error}") from None
     if class_counts(train.labels[kept], num_classes).min() == 0:
-        raise InputError(f"--imb {imb:g}: the smallest class is left without a training image; "
-                         "take less")
+        raise InputError(
+            f"--imb {imb:g}: the smallest class is left without a training image; " "take less"
+        )
     drawn = Split(train.images[kept], train.labels[kept])
     spare = Split(train.images[left], train.labels[left])
     return {"val": spare} | splits | {"train": drawn}
 
-
 # ----------------------------------------------------------------------------------------- checks
-
 
 def check_arrays(source, arrays):
     """({"train", "test" and perhaps "val": Split}, class names) from what a reader found.
@@ -816,10 +792,11 @@ def check_arrays(source, arrays):
         splits[part] = Split(images, labels[part].astype(kind))
     counts = class_counts(splits["train"].labels, len(names))
     if counts.min() == 0:
-        raise InputError(f"{source}: class {names[int(counts.argmin())]} has no training image; "
-                         "drop the class or add images")
+        raise InputError(
+            f"{source}: class {names[int(counts.argmin())]} has no training image; "
+            "drop the class or add images"
+        )
     return splits, names
-
 
 def whole_labels(source, arrays, part):
     """The labels of a split as a whole-number array (N,) or N x K, empty if there are none.
@@ -829,10 +806,11 @@ def whole_labels(source, arrays, part):
         labels = labels[:, 0]  # MedMNIST keeps a column
     whole = labels.dtype.kind in "iufb" and np.array_equal(labels, labels.astype(np.int64))
     if not whole or labels.ndim not in (1, 2):
-        raise InputError(f"{source}: {part}_labels is {labels.dtype} {labels.shape}; store one "
-                         "whole number per image, or a row of 0 and 1")
+        raise InputError(
+            f"{source}: {part}_labels is {labels.dtype} {labels.shape}; store one "
+            "whole number per image, or a row of 0 and 1"
+        )
     return labels
-
 
 def check_images(source, part, images):
     """The images of a split, grey ones with three channels. Raises InputError."""
@@ -845,7 +823,6 @@ def check_images(source, part, images):
                          "N x H x W x 3 or N x H x W")
     return images
 
-
 def check_labels(source, part, labels, num_images, num_classes, several):
     """Raise InputError for labels of a wrong shape or out of range."""
     key = f"{part}_labels"
@@ -855,19 +832,23 @@ def check_labels(source, part, labels, num_images, num_classes, several):
     if labels.shape != shape:
         wanted = f"a row of {num_classes} per image" if several else "one number per image"
         hint = "" if part == "train" else ", as in train_labels"
-        raise InputError(f"{source}: {key} has shape {labels.shape} for {num_images} images; "
-                         f"store {wanted}{hint}")
-    least, most = labels.min(), labels.max()
+        raise InputError(
+            f"{source}: {key} has shape {labels.shape} for {num_images} images; "
+            f"store {wanted}{hint}"
+        )
+    least = labels.min()
+    most = labels.max()
     if several and not 0 <= least <= most <= 1:
-        raise InputError(f"{source}: {key} holds numbers from {least} to {most}; several labels "
-                         "per image are marked by 0 and 1")
+        raise InputError(
+            f"{source}: {key} holds numbers from {least} to {most}; several labels "
+            "per image are marked by 0 and 1"
+        )
     if not 0 <= least <= most < num_classes:
-        raise InputError(f"{source}: {key} run from {least} to {most}; they must lie in "
-                         f"0..{num_classes - 1}")
-
+        raise InputError(
+            f"{source}: {key} run from {least} to {most}; they must lie in " f"0..{num_classes - 1}"
+        )
 
 # ---------------------------------------------------------------------------------------- readers
-
 
 @contextmanager
 def reading(path, remedy="copy or download it again"):
@@ -876,13 +857,12 @@ def reading(path, remedy="copy or download it again"):
         yield
     except (InputError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename or path}: no such file; {remedy}") from None
     except Exception as error:  # a cut or garbled file fails in a dozen ways
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}" \
-            if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot be read ({why}); {remedy}") from None
-
+        if isinstance(error, FileNotFoundError) and error.filename:
+            raise InputError(f"{error.filename}: no such file; {remedy}") from None
+        first_line = str(error).strip().split("\n")[0][:100]
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {first_line}); "
+                         f"{remedy}") from None
 
 def write_file(path, write, keep_previous=False):
     """Call write(temporary path) in process 0, then rename the file to `path`: a reader sees the
@@ -906,7 +886,6 @@ def write_file(path, write, keep_previous=False):
         raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room, "
                          "then run it again (with --resume)") from None
 
-
 def read_checkpoint(path):
     """What torch.save wrote to `path`, on the CPU, or the one before it (*.prev) if it is damaged
     or gone; {} when there is neither. Raises InputError when none of them can be read."""
@@ -921,7 +900,6 @@ def read_checkpoint(path):
                          "--resume")
     return {}
 
-
 def read_npz(path):
     """The arrays of an .npz as a dict. Raises InputError when it is damaged or lacks a key."""
     with reading(path), np.load(path, allow_pickle=False) as file:
@@ -932,7 +910,6 @@ def read_npz(path):
         raise InputError(f"{path}: lacks {', '.join(missing)}; it has "
                          f"{', '.join(arrays) or 'nothing'}")
     return arrays
-
 
 def pack(data, target, size, workers):
     """Freeze a dataset's splits, in one file where `target` ends in .npz, else as arrays in a
@@ -948,7 +925,6 @@ def pack(data, target, size, workers):
         pack_file(data, target, about, workers)
     else:
         pack_folder(data, target, about, size, workers)
-
 
 def pack_file(data, target, about, workers):
     """`pack` into an .npz: a zip with LZMA, which numpy.load reads."""
@@ -970,8 +946,8 @@ def pack_file(data, target, about, workers):
             for key, array in arrays.items():
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
-    write_file(target, write)
 
+    write_file(target, write)
 
 def pack_folder(data, target, about, size, workers):
     """`pack` into a folder of .npy files."""
@@ -991,24 +967,22 @@ def pack_folder(data, target, about, size, workers):
         tmp.replace(target / f"{part}_images.npy")
     write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
 
-
 def fill(images, paths, transform, workers, part):
     """Decode the photographs `paths` into the uint8 array `images` N x H x W x 3."""
     groups = np.split(np.arange(len(paths)), range(256, len(paths), 256))
     done = 0
     for x in decoded(paths, groups if len(paths) else [], transform, workers=workers):
-        images[done:done + len(x)] = x.permute(0, 2, 3, 1).numpy()
+        images[done : done + len(x)] = x.permute(0, 2, 3, 1).numpy()
         done += len(x)
-        print(f"\r{part} {done:,} of {len(paths):,}", end="", flush=True)
+        progress = f"{part} {done:,} of {len(paths):,}"
+        print(f"\r{progress}", end="", flush=True)
     print()
-
 
 def read_about(folder):
     """What `pack` wrote about a folder: name, photographs, class_names. Raises InputError."""
     with reading(folder / "about.json", "write the folder again with --pack"):
         about = json.loads((folder / "about.json").read_text())
         return {key: about[key] for key in ("name", "photographs", "class_names")}
-
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
@@ -1019,7 +993,6 @@ def read_packed(folder):
             images = np.load(folder / f"{part}_images.npy", mmap_mode="c")  # copy on write
             arrays[f"{part}_images"] = images
     return arrays
-
 
 def read_cifar(name, root, lists=None, split_seed=0):
     """CIFAR from ROOT/NAME.npz, else through torchvision, which downloads it when its files are
@@ -1042,9 +1015,7 @@ def read_cifar(name, root, lists=None, split_seed=0):
             "train_images": train.data, "train_labels": train.targets,
             "test_images": test.data, "test_labels": test.targets}
 
-
 IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
-
 
 def image_files(folder):
     """Paths of the images below a folder, sorted. Names with a dot in front are ignored."""
@@ -1056,13 +1027,14 @@ def image_files(folder):
                 found.append(os.path.join(parent, name))
     return found
 
-
 def read_folder(path):
     """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*). Raises InputError."""
     parts = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
     if "train" not in parts or len(parts) == 1:
-        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has "
-                         f"{[*parts] or 'neither'}")
+        raise InputError(
+            f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has "
+            f"{[*parts] or 'neither'}"
+        )
     if "test" not in parts:  # report on val/, tune on what the long-tailed draw leaves out
         parts["test"] = parts.pop("val")
     names = class_folders(parts["train"])
@@ -1079,14 +1051,12 @@ def read_folder(path):
         files[part] = [file for f in found for file in f], labels
     return as_arrays(files, names)
 
-
 def class_folders(place):
     """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
     names = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise InputError(f"{place}: no class folders in it; every class needs a folder of images")
     return names
-
 
 def as_arrays(parts, names):
     """What a reader returns, from {part: (paths, labels)} and class names."""
@@ -1096,17 +1066,17 @@ def as_arrays(parts, names):
         arrays[f"{part}_labels"] = labels
     return arrays
 
-
 def with_files(parts, root, names):
     """as_arrays. Raises InputError when photographs are absent."""
     everything = [path for paths, _ in parts.values() for path in paths]
     absent = [path for path in everything if not os.path.exists(path)]
     if absent:
-        raise InputError(f"--data-root {root}: {len(absent):,} of {len(everything):,} images are "
-                         f"not there, the first: {', '.join(absent[:3])}; put them there or give "
-                         "the folder that holds them")
+        raise InputError(
+            f"--data-root {root}: {len(absent):,} of {len(everything):,} images are "
+            f"not there, the first: {', '.join(absent[:3])}; put them there or give "
+            "the folder that holds them"
+        )
     return as_arrays(parts, names)
-
 
 def read_list(path):
     """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
@@ -1118,35 +1088,41 @@ def read_list(path):
             classes = {a["image_id"]: a["category_id"] for a in content["annotations"]}
             images = content["images"]
             return [i["file_name"] for i in images], [[classes[i["id"]]] for i in images]
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        return [row[0] for row in rows], [[int(c) for c in row[1:]] for row in rows]
-
+        paths = []
+        labels = []
+        for line in path.read_text().splitlines():
+            if line.strip():
+                file, *numbers = line.split()
+                paths.append(file)
+                labels.append([int(number) for number in numbers])
+        return paths, labels
 
 def find_list(lists, choices, published):
     """(file, its paths, its classes): the first of the files `choices` that is in the folder
     `lists`. Warns when it has not as many images as published. Raises InputError."""
     there = [lists / name for name in choices if (lists / name).is_file()]
     if not there:
-        raise InputError(f"--lists {lists}: needs {' or '.join(choices)}; put the published list "
-                         "there")
+        raise InputError(
+            f"--lists {lists}: needs {' or '.join(choices)}; put the published list " "there"
+        )
     paths, classes = read_list(there[0])
     if len(paths) != published:
         print(f"warning: {there[0]} lists {len(paths):,} images, the published one {published:,}")
     return there[0], paths, classes
-
 
 def multi_hot(rows, num_classes, source):
     """uint8 0/1 N x K from a list of N lists of class indices. Raises InputError, naming
     `source`, when one is not in 0..K-1."""
     flat = np.array([c for row in rows for c in row] or [-1])
     if not 0 <= flat.min() <= flat.max() < num_classes:
-        raise InputError(f"{source}: classes {flat.min()} to {flat.max()}; they must lie in "
-                         f"0..{num_classes - 1}")
+        raise InputError(
+            f"{source}: classes {flat.min()} to {flat.max()}; they must lie in "
+            f"0..{num_classes - 1}"
+        )
     labels = np.zeros((len(rows), num_classes), np.uint8)
     image = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     labels[image, flat] = 1
     return labels
-
 
 # (classes, most and fewest images of one), then the lists and their lengths, as published: Liu et
 # al., CVPR 2019 (ImageNet-LT, Places-LT); Van Horn et al., CVPR 2018 (iNaturalist 2018, whose
@@ -1171,7 +1147,6 @@ PUBLISHED = {
     ),
 }
 
-
 def read_published(name, root, lists, split_seed=0):
     """imagenet_lt, places_lt or inat18 from its list files.
 
@@ -1193,26 +1168,22 @@ def read_published(name, root, lists, split_seed=0):
         parts[part] = [f"{base}/{path}" for path in paths], labels
     return with_files(parts, root, names)
 
-
 def published_names(found, paths, labels, published):
     """Class names: the folders of a training list's images, else numbers. Warns when its classes
     and their largest and smallest number of images are not as published."""
     counts = np.bincount(labels)
-    seen = (len(counts), counts.max(), counts.min())
+    seen = (len(counts), int(counts.max()), int(counts.min()))
     if seen != published:
-        text = "{:,} classes of {}..{} images"
-        print(f"warning: {found} has {text.format(*seen)}, the published one "
-              f"{text.format(*published).replace('classes ', '').replace(' images', '')}")
+        print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
+              "fewest images of a class)")
     names = [str(c) for c in range(len(counts))]
     for path, label in zip(paths, labels.tolist()):
         if "/" in path:
             names[label] = path.rsplit("/", 2)[-2]
     return names
 
-
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
        "person pottedplant sheep sofa train tvmonitor").split()
-
 
 def read_voc_mlt(root, lists, split_seed=0):
     """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, tested on VOC 2007 test.
@@ -1236,14 +1207,13 @@ def read_voc_mlt(root, lists, split_seed=0):
         parts[part] = paths, multi_hot(rows, 20, source)
     return with_files(parts, root, VOC)
 
-
 def voc_classes(folder, image_id):
     """Class indices of an image, sorted, from its annotation in VOC's layout."""
     file = folder / "Annotations" / f"{image_id}.xml"
     with reading(file, f"unpack {folder.name} again"):
         objects = ElementTree.parse(file).iter("object")
-        return sorted({VOC.index(entry.findtext("name")) for entry in objects})
-
+        names = {entry.findtext("name") for entry in objects}
+        return sorted(VOC.index(name) for name in names)
 
 def read_coco_mlt(root, lists, split_seed=0):
     """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, tested on COCO 2017 val.
@@ -1266,7 +1236,6 @@ def read_coco_mlt(root, lists, split_seed=0):
     }
     return with_files(parts, root, names)
 
-
 def coco_annotations(root, part):
     """({image id: set of classes}, {image id: file name}, class names) of COCO's train or val."""
     file = root / "annotations" / f"instances_{part}2017.json"
@@ -1279,7 +1248,6 @@ def coco_annotations(root, part):
             found.setdefault(a["image_id"], set()).add(index[a["category_id"]])
         files = {i["id"]: i["file_name"] for i in content["images"]}
         return found, files, [c["name"] for c in categories]
-
 
 def read_miml(root, lists=None, split_seed=0):
     """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels.
@@ -1303,22 +1271,21 @@ def read_miml(root, lists=None, split_seed=0):
             names = "desert mountains sea sunset trees".split()
             files = [f"{i + 1}.jpg" for i in range(len(labels))]
     n = len(files)
-    order = np.random.RandomState(split_seed).permutation(n)
+    rng = np.random.RandomState(split_seed)
+    order = rng.permutation(n)
     parts = {}
     for part, picked in (
-        ("test", order[:n * 2 // 5]),
-        ("val", order[n * 2 // 5:n // 2]),
-        ("train", order[n // 2:]),
+        ("test", order[: n * 2 // 5]),
+        ("val", order[n * 2 // 5 : n // 2]),
+        ("train", order[n // 2 :]),
     ):
         picked = np.sort(picked)
         parts[part] = [f"{base}/images/{files[i]}" for i in picked], labels[picked]
     return with_files(parts, root, names)
 
-
 SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass "
           "harbor house lake moon mountain nighttime ocean plants railroad rainbow reflection road "
           "sky snow street sunset temple town valley water waterfall window").split()
-
 
 def read_nuswide_scene(root, lists, split_seed=0):
     """NUS-WIDE's 33 scenes (Chua et al., CIVR 2009) from its published files in `lists`:
@@ -1329,55 +1296,52 @@ def read_nuswide_scene(root, lists, split_seed=0):
         with reading(lists, "give the folder with NUS-WIDE's Groundtruth and ImageList as --lists"):
             listing = (lists / "ImageList" / f"{part}Imagelist.txt").read_text()
             files = listing.replace("\\", "/").split()
-            folder = lists / "Groundtruth" / "TrainTestLabels"
-            truth = [(folder / f"Labels_{s}_{part}.txt").read_text().split() for s in SCENES]
+            truth = []
+            for scene in SCENES:
+                file = f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt"
+                truth.append((lists / file).read_text().split())
             labels = np.array(truth, np.int64).reshape(len(SCENES), len(files)).T
         kept = np.flatnonzero(labels.any(1))
         parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in kept], labels[kept]
     return with_files(parts, root, SCENES)
 
+# The places of synth's classes on the scale of wavelengths, the most frequent class first: the
+# neighbours of a frequent class are rare ones.
+PLACES = np.array([0, 2, 4, 6, 8, 9, 7, 5, 3, 1])
+WAVELENGTHS = 12.5 / 1.13 ** np.arange(10)  # pixels
 
-def draw_shapes(labels, rng):
-    """uint8 n x 32 x 32 x 3: class c is one of five shapes (c // 2: disc, square, triangle, ring,
-    cross), filled (c even) or striped, of random place, size, colours and noise."""
-    yy, xx = np.mgrid[:32, :32].astype(np.float32)
+def draw_ripples(labels, rng):
+    """uint8 n x 32 x 32 x 3: concentric waves, whose length is their class, in noise.
+
+    Centre, phase and colours are random, and so is the wavelength by about a third of the step
+    from one class to the next: neighbours are confused, and a network settles the doubt in favour
+    of the class that it saw more often.
+    """
     n = len(labels)
-    shape = (labels // 2)[:, None, None]
-    striped = (labels % 2 == 1)[:, None, None]
-    cx, cy = rng.uniform(13, 19, (2, n, 1, 1))
-    r = rng.uniform(8, 12, (n, 1, 1))
-    u = (xx - cx) / r
-    v = (yy - cy) / r
-    distance = np.hypot(u, v)
-    square = np.maximum(abs(u), abs(v))
-    cross = (np.minimum(abs(u), abs(v)) < 0.3) & (distance < 1.1)
-    triangle = (v < 0.8) & (v > 2 * abs(u) - 1)
-    ring = (distance < 1.05) & (distance > 0.55)
-    inside = np.select([shape == 0, shape == 1, shape == 2, shape == 3],
-                       [distance < 1, square < 0.85, triangle, ring], cross)
-    slope = rng.choice([-1, 1], (n, 1, 1))
-    period = rng.uniform(1.3, 1.8, (n, 1, 1))
-    wave = np.sin((xx + yy * slope) * period + rng.uniform(0, 6, (n, 1, 1)))
-    inside = inside * np.where(striped, 0.5 + 0.5 * wave, 1)
-    back = rng.uniform(30, 130, (n, 1, 1, 3))
-    ink = rng.uniform(40, 120, (n, 1, 1, 3))
-    images = back + ink * inside[..., None] + rng.normal(0, 30, (n, 32, 32, 3))
+    step = PLACES[labels] + rng.normal(0, 0.35, n)
+    length = (WAVELENGTHS[0] / 1.13**step)[:, None, None]
+    cx, cy = rng.uniform(8, 24, (2, n, 1, 1))
+    yy, xx = np.mgrid[:32, :32]
+    distance = np.hypot(xx - cx, yy - cy)
+    phase = distance / length + rng.random((n, 1, 1))
+    wave = np.sin(2 * np.pi * phase)[..., None]
+    back = rng.uniform(60, 190, (n, 1, 1, 3))
+    ink = rng.uniform(-60, 60, (n, 1, 1, 3))
+    noise = rng.normal(0, 40, (n, 32, 32, 3))
+    images = back + ink * wave + noise
     return images.clip(0, 255).astype(np.uint8)
 
-
 def read_synth(root, lists=None, split_seed=0):
-    """Ten classes of 32x32 images (draw_shapes), per class 300 for training, of which the
+    """Ten classes of 32x32 images (draw_ripples), per class 300 for training, of which the
     long-tailed draw keeps a part, 30 for validation and 60 for testing."""
-    shapes = ("disc", "square", "triangle", "ring", "cross")
-    names = [f"{fill} {shape}" for shape in shapes for fill in ("filled", "striped")]
     rng = np.random.default_rng(split_seed)
+    names = [f"ripples of {length:.1f} px" for length in WAVELENGTHS[PLACES]]
     arrays = {"source": "synth", "class_names": names}
     for part, per_class in (("train", 300), ("val", 30), ("test", 60)):
         labels = np.repeat(np.arange(10), per_class)
         arrays[f"{part}_labels"] = labels
-        arrays[f"{part}_images"] = draw_shapes(labels, rng)
+        arrays[f"{part}_images"] = draw_ripples(labels, rng)
     return arrays
-
 
 READERS = {  # --dataset: reader(root, lists, split_seed) -> arrays
     "cifar10": partial(read_cifar, "cifar10"),
@@ -1392,15 +1356,12 @@ READERS = {  # --dataset: reader(root, lists, split_seed) -> arrays
     "synth": read_synth,
 }
 
-
 # ------------------------------------------------------------------------------ flags, as a script
-
 
 class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
         default = action.default not in (None, False)
         return f"{action.help} (default %(default)s)" if default else action.help
-
 
 def argument_parser(description):
     """An ArgumentParser whose complaints are InputErrors, one line and exit code 2, as all others
@@ -1412,9 +1373,9 @@ def argument_parser(description):
     parser.error = error
     return parser
 
-
 def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf):
     """A flag's type: a finite number with least <= n <= most and above < n < below."""
+
     def read(text):
         """The number that the text says; argparse shows what is raised."""
         value = kind(text)
@@ -1425,9 +1386,9 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
             must = " and ".join(said) or "finite"
             raise argparse.ArgumentTypeError(f"{text}: must be {must}")
         return value
+
     read.__name__ = kind.__name__  # for "invalid float value"
     return read
-
 
 def several(kind):
     """A flag's type: a list of what the type `kind` reads, with commas between."""
@@ -1437,11 +1398,9 @@ def several(kind):
     read.__name__ = f"{kind.__name__} list"
     return read
 
-
 def ratio(text):
     """The type of --imb: a number, or "keep"."""
     return text if text == "keep" else float(text)
-
 
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
@@ -1460,29 +1419,42 @@ def add_data_arguments(parser):
     add("--size", type=int,
         help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
 
-
-def describe(data, split_seed):
-    """Print what a dataset is: its images, and its classes by group."""
+def load_from_flags(args):
+    """load_dataset by the flags of add_data_arguments, and a printed line of what it is: its
+    images, and its classes by group."""
+    data = load_dataset(
+        args.dataset,
+        args.data_root,
+        args.imb,
+        args.split_seed,
+        args.imb_type,
+        args.size,
+        args.lists,
+    )
     groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
-    most, fewest = data.counts.max(), data.counts.min()
-    print(f"{data.name} from {data.source}, split seed {split_seed}: {data.num_classes} classes "
-          f"({groups}), {len(data.train):,} train ({most}..{fewest} per class), "
-          f"{len(data.val):,} val, {len(data.test):,} test", flush=True)
-
+    most = data.counts.max()
+    fewest = data.counts.min()
+    print(
+        f"{data.name} from {data.source}, split seed {args.split_seed}: {data.num_classes} "
+        f"classes ({groups}), {len(data.train):,} train ({most}..{fewest} per class), "
+        f"{len(data.val):,} val, {len(data.test):,} test",
+        flush=True,
+    )
+    return data
 
 def show_split(data):
     """Print a table of images by class group, and a histogram of training images per class."""
-    rows = {name: {"classes": len(classes)} for name, classes in data.groups.items()}
-    for part in ("train", "val", "test"):
-        per_class = class_counts(getattr(data, part).labels, data.num_classes)
-        for name, classes in data.groups.items():
+    rows = {}
+    for name, classes in data.groups.items():
+        rows[name] = {"classes": len(classes)}
+        for part in ("train", "val", "test"):
+            per_class = class_counts(getattr(data, part).labels, data.num_classes)
             rows[name][part] = int(per_class[classes].sum())
     print(table("group", rows, ("classes", "train", "val", "test"), ",d"))
     descending = np.sort(data.counts)[::-1]
     for part in np.array_split(descending, min(20, data.num_classes)):
-        bar = "#" * max(1, round(60 * part.mean() / data.counts.max()))
-        print(f"{part.mean():8.0f} {bar}")
-
+        length = 60 * part.mean() / data.counts.max()
+        print(f"{part.mean():8.0f} {'#' * max(1, round(length))}")
 
 def main():
     """Show a split; freeze it with --pack."""
@@ -1499,14 +1471,11 @@ def main():
     if file and not Path(args.pack).parent.is_dir():
         raise InputError(f"--pack {args.pack}: there is no folder {Path(args.pack).parent}; make "
                          "it first")
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
-                        args.size, args.lists)
-    describe(data, args.split_seed)
+    data = load_from_flags(args)
     show_split(data)
     if args.pack:
         pack(data, args.pack, args.size or 256, args.workers)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
-
 
 def run_script(main):
     """Call main() as a script: bad input is one line on stderr and exit code 2."""
@@ -1519,7 +1488,6 @@ def run_script(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -31,24 +31,23 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, Loader,
-                     add_data_arguments, all_sum, argument_parser, describe, draw_bars,
-                     expected_calibration_error, group_accuracy, group_means, load_dataset, mixup,
+                     add_data_arguments, all_sum, argument_parser, draw_bars,
+                     expected_calibration_error, group_accuracy, group_means, load_from_flags,
                      number, read_checkpoint, reading, recipe_name, run_script, several, table,
                      write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, clock,
                     keep_stage_rest, owned_layers, plain_state, precision_rates, submodel_state,
-                    timm_stats, weight_layers)
+                    network_stats, weight_layers)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
 # Defaults by dataset. Every value is a flag; lists have one value per stage.
-PHOTOGRAPHS = dict(arch="resnet50", order="many,medium,few", epochs=[100, 50, 50], rho=0.8,
-                   batch_size=256)
+PHOTOGRAPHS = dict(arch="resnet50", batch_size=256, rho=0.8)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(order="many,few", epochs=[150, 50], mixup=0.4),  # chosen on validation images
-    "synth": dict(arch="resnet20", epochs=[20, 8, 8], batch_size=32, aug="basic", tpd_iters=3,
-                  warmup=1),
+    "synth": dict(arch="resnet20", epochs=[20, 8, 8], lr=[0.05, 0.05, 0.05], batch_size=32,
+                  aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
@@ -73,14 +72,23 @@ RECIPES = {
         agg="product",
     ),
     # The published values ("Implementation Details"), on top of the dataset's.
-    "paper": dict(order="many,medium,few", lr=[0.05, 0.005, 0.005], schedule="constant", warmup=0,
-                  batch_size=256, aug="strong", mixup=0.0, tpd_iters=1, reinit=1.0,
-                  prune_classifier=1, agg="instance"),
+    "paper": dict(
+        order="many,medium,few",
+        lr=[0.05, 0.005, 0.005],
+        schedule="constant",
+        warmup=0,
+        batch_size=256,
+        aug="strong",
+        mixup=0.0,
+        tpd_iters=1,
+        reinit=1.0,
+        prune_classifier=1,
+        agg="instance",
+    ),
     "paper, photographs": dict(lr=[0.02, 0.002, 0.002]),
     "paper, cifar100 at ratio 50": dict(gamma=[0.5, 0.6]),
 }
 STAGES = ("many", "medium", "medium-top", "medium-low", "few")
-
 
 def parse_args(argv=None):
     """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
@@ -161,7 +169,6 @@ def parse_args(argv=None):
         setattr(args, key, (values + values[-1:] * n)[:n])
     return args
 
-
 def recipe(args):
     """{flag: value} of what was not given, from RECIPES.
 
@@ -184,7 +191,6 @@ def recipe(args):
         chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
     return chosen | published | {"order": order}
 
-
 def settle(args, data):
     """Fit the flags to the data; after this nothing changes them.
 
@@ -200,29 +206,35 @@ def settle(args, data):
         else:
             print(f"warning: no class is {name}; its stage is left out")
     if not kept:
-        raise InputError(f"--order {','.join(args.order)}: none of its stages has a class in this "
-                         "dataset; begin with many")
+        raise InputError(
+            f"--order {','.join(args.order)}: none of its stages has a class in this "
+            "dataset; begin with many"
+        )
     args.order, args.epochs, args.lr, gammas = map(list, zip(*kept))
     if args.gamma != "auto":
         args.gamma = gammas[:-1]
         return
     for name in args.order[:-1]:
         if not np.isin(data.val.labels, stage_classes(data.counts, name)).any():
-            raise InputError("--gamma auto measures on validation images of each stage's classes; "
-                             f"{name} has none")
-
+            raise InputError(
+                "--gamma auto measures on validation images of each stage's classes; "
+                f"{name} has none"
+            )
 
 # -------------------------------------------- Collaborative Parameter Optimisation (CPO), Eq. 1-3
-
 
 def stage_classes(counts, stage):
     """Class indices of a stage's group: many > 100, medium 20..100, few < 20 training images.
     medium-top and medium-low split medium at 50 (Table 6). counts: (K,)."""
-    low, high = {"many": (101, np.inf), "medium": (20, 100), "medium-top": (50, 100),
-                 "medium-low": (20, 49), "few": (0, 19)}[stage]
+    low, high = {
+        "many": (101, np.inf),
+        "medium": (20, 100),
+        "medium-top": (50, 100),
+        "medium-low": (20, 49),
+        "few": (0, 19),
+    }[stage]
     counts = np.asarray(counts)
     return np.flatnonzero((counts >= low) & (counts <= high))
-
 
 def stage_class_probs(counts, stage, rho, few="balanced"):
     """Eq. 1: P(class drawn) in a stage, float array (K,), sums to 1.
@@ -241,12 +253,10 @@ def stage_class_probs(counts, stage, rho, few="balanced"):
         probs[stage_classes(counts, stage)] = rho
     return probs / probs.sum()
 
-
 def compensation_loss(logits, target, log_alpha):
     """Eq. 2: CE(f(x) - log alpha_t, y), the mean over the batch. logits: n x K; target: int (n,);
     log_alpha: (K,)."""
     return F.cross_entropy(logits - log_alpha, target)
-
 
 def compensation_alpha(counts, stage, rho):
     """Eq. 3: alpha_t by class, float array (K,).
@@ -265,7 +275,6 @@ def compensation_alpha(counts, stage, rho):
         alpha[stage_classes(counts, stage)] = rho
     return alpha
 
-
 class Stage(NamedTuple):
     """What one stage trains with."""
     name: str
@@ -274,7 +283,6 @@ class Stage(NamedTuple):
     log_alpha: torch.Tensor  # margins, (K,), on the device
     epochs: int
     lr: float                # peak rate
-
 
 def make_stages(args, data, device):
     """The list of Stage."""
@@ -291,47 +299,43 @@ def make_stages(args, data, device):
         stages.append(Stage(name, classes, probs, log_alpha, epochs, lr))
     return stages
 
-
 def make_optimizer(model, lr, args):
     """SGD with momentum 0.9 (Nesterov's, but not in the paper); `train` adds weight decay."""
     nesterov = args.recipe != "paper"
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=nesterov)
 
-
-def trainable_masks(model):
-    """{weight: mask}, 1 where a weight is free, 0 where it is frozen or pruned."""
-    layers = owned_layers(model).values()
+def trainable_masks(network):
+    """{weight: mask} of the weights with owners: 1 where free, 0 where frozen or pruned."""
+    layers = owned_layers(network).values()
     return {m.weight: (m.weight_owner == 0).to(m.weight.dtype) for m in layers}
 
-
-def train(network, optimizer, batches, rates, log_alpha, masks, args, rng):
-    """SGD over `batches` at the learning rates `rates`. masks: {weight: 1 where it is trained,
-    else 0}, without the weights that train whole.
+def train(network, optimizer, batches, rates, log_alpha, weight_decay):
+    """SGD over `batches` of (x, [(share, labels), ..]) at the learning rates `rates`.
 
     Returns images drawn and correct by class, (K,) each (with mixup: against the first label),
     and the sum of the loss over images. Weight decay is added to the gradient here, not in the
-    optimiser, and the gradient of frozen weights is zeroed after it: their momentum stays 0 and
-    SGD leaves them bit for bit as they are.
+    optimiser, and the gradient of frozen and pruned weights is zeroed after it: their momentum
+    stays 0 and SGD leaves them bit for bit as they are.
     """
     network.train()
+    masks = trainable_masks(network)
     drawn = torch.zeros_like(log_alpha)
     correct = torch.zeros_like(log_alpha)
     loss_sum = torch.zeros_like(log_alpha[0])
-    for (x, y), rate in zip(batches, rates):
+    for (x, targets), rate in zip(batches, rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, targets = mixup(x, y, args.mixup, rng)
         logits = network(x)
-        loss = sum(share * compensation_loss(logits, labels, log_alpha)
-                   for share, labels in targets)
+        loss = sum(share * compensation_loss(logits, y, log_alpha) for share, y in targets)
         optimizer.zero_grad()
         loss.backward()
         for w in optimizer.param_groups[0]["params"]:
-            w.grad.add_(w.detach(), alpha=args.weight_decay)
+            w.grad.add_(w.detach(), alpha=weight_decay)
             if w in masks:
                 w.grad.mul_(masks[w])
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
+            y = targets[0][1]
             truth = F.one_hot(y, len(drawn)).float()
             right = (logits.argmax(1) == y).float()
             drawn += truth.sum(0)
@@ -339,30 +343,33 @@ def train(network, optimizer, batches, rates, log_alpha, masks, args, rng):
             loss_sum += loss * len(x)
     return all_sum(drawn), all_sum(correct), all_sum(loss_sum)
 
-
 def cpo(network, t, stage, loader, run):
     """Train stage t: its draws and margin. The weights of earlier stages are active and frozen.
     Goes on from the checkpoint if that is of this stage."""
-    args, model, data = run.args, network.model, loader.data
+    args = run.args
+    model = network.model
+    data = loader.data
     resumed = run.resumed if run.resumed.get("stage") == t else {}
     optimizer = make_optimizer(model, stage.lr, args)
     if resumed.get("optimizer"):
         optimizer.load_state_dict(resumed["optimizer"])
-    masks = trainable_masks(model) if t > 1 else {}
     trained = distribute(network)
     schedule = "cosine" if t == 1 else args.schedule
     warmup = args.warmup if t == 1 else 0
-    print(f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {schedule}; "
-          "accuracy on the images as drawn, and on validation images")
+    print(
+        f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {schedule}; "
+        "accuracy on the images as drawn, and on validation images"
+    )
     for epoch in range(resumed.get("epoch", 0), stage.epochs):
         began = clock(loader.device)
         key = [args.seed, t, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rates = learning_rates(stage.lr, epoch, stage.epochs, loader.steps, schedule, warmup)
         groups = loader.draw(stage.probs, args.seed * 1000 + t, epoch)
-        drawn, correct, loss = train(trained, optimizer, loader.batches(groups, key), rates,
-                                     stage.log_alpha, masks, args,
-                                     np.random.default_rng([*key, RANK]))
+        batches = loader.batches(groups, key, args.mixup)
+        drawn, correct, loss = train(
+            trained, optimizer, batches, rates, stage.log_alpha, args.weight_decay
+        )
         stop_unless_finite(loss, model, f"stage {t}, epoch {epoch + 1}")
         seconds = clock(loader.device) - began
         images = loader.steps * loader.batch_size
@@ -377,9 +384,7 @@ def cpo(network, t, stage, loader, run):
         write_file(run.folder / "stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
     record(network, f"stage {t} ({stage.name}) after CPO", loader, run)
 
-
 # ------------------------------------------------ Taylor-guided Parameter Decoupling (TPD), Eq. 4
-
 
 def taylor_importance(weights, class_losses, kind="taylor", generator=None):
     """E = (w dL_y/dw)^2, the mean over classes y: importance of each weight to a group of
@@ -401,19 +406,16 @@ def taylor_importance(weights, class_losses, kind="taylor", generator=None):
         classes += 1
     return [score / max(classes, 1) for score in scores]
 
-
 def gradual_ratio(step, dt, g0, g1):
     """Eq. 4: the share pruned after `step` of `dt` steps from ratio g0 to g1, fast at first (Zhu
     and Gupta 2017)."""
     return g1 + (g0 - g1) * (1 - step / dt) ** 3
-
 
 def last_ratio_before_largest_drop(ratios, accuracies):
     """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls
     most, but never the first: the next stage needs free weights."""
     drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])
     return ratios[1 + int(drops.argmax())]
-
 
 def importance(network, layers, classes, log_alpha, loader, images, kind="taylor", generator=None):
     """taylor_importance of the weights of `layers` to `classes`, by at most `images` training
@@ -430,35 +432,38 @@ def importance(network, layers, classes, log_alpha, loader, images, kind="taylor
         for c, x in zip(mine, batches):
             target = torch.full((len(x),), int(c), device=loader.device)
             yield compensation_loss(network(x), target, log_alpha)
+
     weights = [layer.weight for layer in layers.values()]
     scores = taylor_importance(weights, losses(), kind, generator)
     if WORLD > 1 and kind in ("taylor", "fisher"):
         scores = [all_sum(score * len(mine)) / len(classes) for score in scores]
     return scores
 
-
 def prune_to(model, ratio, scores):
     """Zero the lowest-scored weights until `ratio` of those that no stage owns is pruned. All
     layers are ranked together; what is pruned stays so. scores: one tensor per owned layer."""
     layers = owned_layers(model).values()
     free = [(m.weight_owner == 0) | (m.weight_owner == PRUNED) for m in layers]
-    ranked = [score.masked_fill(m.weight_owner == PRUNED, -1.0)[f]
-              for m, score, f in zip(layers, scores, free)]
+    ranked = [
+        score.masked_fill(m.weight_owner == PRUNED, -1.0)[f]
+        for m, score, f in zip(layers, scores, free)
+    ]
     ranked = torch.cat(ranked)
     kept = torch.ones_like(ranked, dtype=torch.bool)
-    kept[ranked.argsort(stable=True)[:round(ratio * len(ranked))]] = False
+    kept[ranked.argsort(stable=True)[: round(ratio * len(ranked))]] = False
     sizes = [int(f.sum()) for f in free]
     with torch.no_grad():
         for layer, f, part in zip(layers, free, kept.split(sizes)):
             layer.weight_owner[f] = torch.where(part, 0, PRUNED).to(torch.uint8)
             layer.weight.mul_(layer.weight_owner != PRUNED)
 
-
 def prune(network, before, ratio, t, stage, groups, loader, args):
     """From ratio `before` to `ratio` in --tpd-steps steps (Eq. 4), with --tpd-iters retraining
     iterations on the batches `groups` after each. BatchNorm's statistics are then those of the
     pruned network."""
-    model, dt, iters = network.model, args.tpd_steps, args.tpd_iters
+    model = network.model
+    dt = args.tpd_steps
+    iters = args.tpd_iters
     key = [args.seed, t, 2, round(100 * ratio)]
     rates = learning_rates(args.tpd_lr, 0, 1, dt * iters)
     optimizer = make_optimizer(model, args.tpd_lr, args)
@@ -466,50 +471,58 @@ def prune(network, before, ratio, t, stage, groups, loader, args):
     trained = distribute(network)
     for step in range(1, dt + 1):
         random = torch.Generator()
-        random.manual_seed(args.seed * 10 ** 6 + t * 10 ** 4 + round(1000 * ratio) + step)
-        scores = importance(network, layers, stage.classes, stage.log_alpha, loader,
-                            args.importance_images, args.importance, random)
+        random.manual_seed(args.seed * 10**6 + t * 10**4 + round(1000 * ratio) + step)
+        scores = importance(
+            network,
+            layers,
+            stage.classes,
+            stage.log_alpha,
+            loader,
+            args.importance_images,
+            args.importance,
+            random,
+        )
         prune_to(model, gradual_ratio(step, dt, before, ratio), scores)
-        masks = trainable_masks(model)
-        for weight, mask in masks.items():  # a weight just pruned must not drift on from zero
+        for weight, mask in trainable_masks(model).items():
+            # a weight just pruned must not drift on from zero
             if "momentum_buffer" in optimizer.state[weight]:
                 optimizer.state[weight]["momentum_buffer"].mul_(mask)
         some = slice((step - 1) * iters, step * iters)
-        _, _, loss = train(trained, optimizer, loader.batches(groups[some], [*key, step]),
-                           rates[some], stage.log_alpha, masks, args,
-                           np.random.default_rng([*key, step, RANK]))
+        batches = loader.batches(groups[some], [*key, step], args.mixup)
+        _, _, loss = train(
+            trained, optimizer, batches, rates[some], stage.log_alpha, args.weight_decay
+        )
         stop_unless_finite(loss, model, f"pruning after stage {t}")
     with torch.no_grad():
         update_bn(loader.batches(groups[:40], [*key, 0]), network)
 
-
 def sweep_gamma(network, t, stage, loader, run):
     """--gamma auto: prune by 0, 10, .. 90 % and go back to the last ratio before the largest drop
     in validation accuracy of the stage's classes; returns it."""
-    args, model, data = run.args, network.model, loader.data
+    args = run.args
+    model = network.model
+    data = loader.data
     ratios = [g / 10 for g in range(10)]
     n = args.tpd_steps * args.tpd_iters
-    draws = loader.draw(stage.probs, args.seed * 1000 + t, 10 ** 6, n * len(ratios))
+    draws = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n * len(ratios))
     curve = []
     states = []
     for i, ratio in enumerate(ratios):
         if i > 0:
-            prune(network, ratios[i - 1], ratio, t, stage, draws[i * n:(i + 1) * n], loader, args)
+            prune(network, ratios[i - 1], ratio, t, stage, draws[i * n : (i + 1) * n], loader, args)
         per_class = scored(loader.predict(network, "val")[0], data.val, data)["per_class"]
         known = [per_class[c] for c in stage.classes if per_class[c] is not None]
         curve.append((ratio, float(np.mean(known))))
         states.append({k: v.clone() for k, v in model.state_dict().items()})
     gamma = last_ratio_before_largest_drop(*zip(*curve))
     model.load_state_dict(states[ratios.index(gamma)])
-    run.report["pruning_curve"][stage.name] = curve
+    run.report.setdefault("pruning_curve", {})[stage.name] = curve
     return gamma
-
 
 def claim(model, t):
     """The free weights that are not pruned belong to stage t from now on."""
     for layer in owned_layers(model).values():
         layer.weight_owner[layer.weight_owner == 0] = t
-
 
 def restart_free(model, scale, generator):
     """Pruned weights become free again, with fresh values: Kaiming normal times `scale`."""
@@ -521,33 +534,31 @@ def restart_free(model, scale, generator):
             layer.weight.copy_(torch.where(pruned, fresh, layer.weight))
             layer.weight_owner[pruned] = 0
 
-
 def tpd(network, t, stage, loader, run):
     """Prune what stage t can do without, freeze the rest as its own, and start the pruned weights
     afresh for the next stage. The last stage keeps all."""
-    args, model = run.args, network.model
-    began = clock(loader.device)
+    args = run.args
+    model = network.model
     if t < len(args.order):
         if args.gamma == "auto":
             gamma = sweep_gamma(network, t, stage, loader, run)
         else:
             gamma = args.gamma[t - 1]
             n = args.tpd_steps * args.tpd_iters
-            groups = loader.draw(stage.probs, args.seed * 1000 + t, 10 ** 6, n)
+            groups = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n)
             prune(network, 0.0, gamma, t, stage, groups, loader, args)
-        run.report["gammas"].append(gamma)
-        print(f"TPD: {100 * gamma:.0f} % of the free weights pruned, by {args.importance} "
-              "importance")
+        run.report.setdefault("gammas", []).append(gamma)
+        print(
+            f"TPD: {100 * gamma:.0f} % of the free weights pruned, by {args.importance} "
+            "importance"
+        )
         record(network, f"stage {t} ({stage.name}) after TPD", loader, run)
     keep_stage_rest(model, t)
     claim(model, t)
     restart_free(model, args.reinit, torch.Generator().manual_seed(args.seed * 1000 + t))
-    run.report["tpd_seconds"] += clock(loader.device) - began
     run.save(model, stage=t + 1, epoch=0, rest=model.stage_rest)
 
-
 # ------------------------------------------------------ test time: the sub-models are mixed, Eq. 5
-
 
 def simplex_lattice(T):
     """All points of the simplex whose T coordinates are multiples of 1/50 (T > 3: 1/20), float64
@@ -555,7 +566,6 @@ def simplex_lattice(T):
     n = 50 if T <= 3 else 20
     points = [p for p in product(range(n + 1), repeat=T) if sum(p) == n]
     return torch.tensor(points, dtype=torch.float64) / n
-
 
 def agreement(p1, p2, lattice):
     """Cosine similarity of the mixtures' predictions for two views of each image, U x G.
@@ -567,10 +577,10 @@ def agreement(p1, p2, lattice):
     def inner(a, b):
         """Inner products of the mixtures of a and of b, U x G."""
         return torch.einsum("tuk,suk->uts", a, b).flatten(1) @ pairs
+
     cosine = inner(p1, p2) / (inner(p1, p1) * inner(p2, p2)).sqrt().clamp_min(1e-12)
     uneven = (lattice - 1 / lattice.shape[1]).square().sum(1)
     return cosine - 1e-9 * uneven  # nothing to choose by: equal weights
-
 
 def instance_weights(p1, p2):
     """Eq. 5: lambda of each test image, the mixture whose predictions for two views of the image
@@ -585,7 +595,6 @@ def instance_weights(p1, p2):
     best = [agreement(a, b, lattice).argmax(1) for a, b in parts]
     return lattice[torch.cat(best)].float()
 
-
 def group_weights(p1, p2):
     """The one lambda, (T,), with the best mean agreement over all images; see instance_weights."""
     lattice = simplex_lattice(len(p1)).to(p1.device)
@@ -593,12 +602,10 @@ def group_weights(p1, p2):
     total = sum(agreement(a, b, lattice).sum(0) for a, b in parts)
     return lattice[total.argmax()].float()
 
-
 def product_bias(b, d, counts):
     """b log N_c + d [c is medium], (K,). counts: (K,) tensor."""
     medium = (counts >= 20) & (counts <= 100)
     return b * counts.log() + d * medium
-
 
 def product_of_experts(logp, weights, counts):
     """log of prod_t p_t^a_t * N_c^b * e^(d if c is medium), not normalised: N x K.
@@ -609,7 +616,6 @@ def product_of_experts(logp, weights, counts):
     """
     *a, b, d = weights
     return torch.tensordot(torch.stack(a), logp, 1) + product_bias(b, d, counts)
-
 
 def fit_product(logp, labels, counts):
     """Weights of product_of_experts, float (T + 2,), with the least log loss on held-out images,
@@ -634,13 +640,11 @@ def fit_product(logp, labels, counts):
     optimizer.step(closure)
     return weights.detach()
 
-
 def enough_to_fit(labels, stages, num_classes):
     """Whether each stage's group has at least 5 validation images in at least half of its
     classes: with fewer the fitted weights are worse than equal ones. labels: int array (N,)."""
     found = np.bincount(labels, minlength=num_classes)
     return all((found[stage.classes] >= 5).mean() >= 0.5 for stage in stages)
-
 
 def scored(logits, split, data):
     """Top-1 accuracy by group and per class, and ECE, from logits N x K (or log-probabilities).
@@ -651,21 +655,22 @@ def scored(logits, split, data):
     accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
     return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
 
-
 def record(network, label, loader, run):
     """Accuracy on clean images as the stages pass, for the paper's Table 7."""
     data = loader.data
-    entry = {"acc": scored(loader.predict(network, "test")[0], data.test, data),
-             "val": scored(loader.predict(network, "val")[0], data.val, data)}
-    run.report["submodels"][label] = entry
+    entry = {
+        "acc": scored(loader.predict(network, "test")[0], data.test, data),
+        "val": scored(loader.predict(network, "val")[0], data.val, data),
+    }
+    run.report.setdefault("submodels", {})[label] = entry
     shown = [f"{g} {v:.1f}" for g in (*GROUPS, "all") if (v := entry["acc"][g]) is not None]
     print(f"{label}, test: {', '.join(shown)}", flush=True)
-
 
 def importance_by_group(network, loader, images):
     """Mean Taylor importance of a weight to each class group (Fig. 1b): {"many", "medium",
     "few"}, None for an empty group."""
-    data, result = loader.data, {}
+    data = loader.data
+    result = {}
     layers = weight_layers(network)
     no_margin = torch.zeros(data.num_classes, device=loader.device)
     for name, classes in data.groups.items():
@@ -675,7 +680,6 @@ def importance_by_group(network, loader, images):
             total = sum(float(score.double().sum()) for score in scores)
             result[name] = total / sum(score.numel() for score in scores)
     return result
-
 
 def mixtures(probs, weights, data):
     """({name: log-probabilities N x K} of the four mixtures, lambda U x T of the instance
@@ -693,11 +697,9 @@ def mixtures(probs, weights, data):
     }
     return mixed, instance, group
 
-
 def mean_log(probs):
     """Mean over the views of the logarithms: T x V x N x K -> T x N x K."""
     return probs.clamp_min(1e-12).log().mean(1)
-
 
 def oracle(probs, labels, stages, num_classes):
     """Predictions N x K with each image routed to the sub-model of its true group; of a class
@@ -707,7 +709,6 @@ def oracle(probs, labels, stages, num_classes):
     for t, stage in enumerate(stages):
         route[stage.classes] = torch.eye(T, device=probs.device)[t]
     return torch.einsum("tuk,ut->uk", probs, route[labels])
-
 
 def aggregate(probs, weights, split, stages, data):
     """The four mixtures of the sub-models, each alone, and two diagnoses that use labels; see
@@ -731,7 +732,6 @@ def aggregate(probs, weights, split, stages, data):
         "at_least_one_right": 100 * one_right.item(),
     }
 
-
 def baselines(test, val, data, fitted):
     """What DO has to beat, from stage 1's network before TPD: cross-entropy, the same with post-hoc
     logit adjustment (Menon et al., ICLR 2021: tau 1) and, if the product is fitted, with fitted
@@ -747,17 +747,20 @@ def baselines(test, val, data, fitted):
         found[name] = scored(product_of_experts(mean_log(test), weights, counts), data.test, data)
     return found
 
-
 def test_time(model, stages, loader, run):
     """All sub-models on validation and test images, then mixed. Adds to run.report; returns what
     model.pt predicts with: (plain state dicts, product's weights, its bias by class)."""
-    args, data, report, T = run.args, loader.data, run.report, len(stages)
+    args = run.args
+    data = loader.data
+    report = run.report
+    T = len(stages)
     counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
     with reading(run.folder / "stage1.pt", "copy it from where the run was begun"):
         first = torch.load(run.folder / "stage1.pt", map_location="cpu", weights_only=True)
     states = {"stage 1 before TPD": first}
     states |= {f"sub-model {t}": submodel_state(model, t) for t in range(1, T + 1)}
     views = {"val": [], "test": []}
+    report["importance_by_group"] = {}
     began = clock(loader.device)
     for name, state in states.items():
         plain = build_model(args.arch, data.num_classes, size=data.size)
@@ -776,19 +779,21 @@ def test_time(model, stages, loader, run):
         labels = torch.from_numpy(data.val.labels).to(loader.device)
         weights = fit_product(mean_log(val[1:]), labels, counts)
     else:
-        print("\nThe product is not fitted, its sub-models weigh alike: fitting needs 5 validation "
-              "images in half of the classes of each stage's group")
+        print(
+            "\nThe product is not fitted, its sub-models weigh alike: fitting needs 5 validation "
+            "images in half of the classes of each stage's group"
+        )
     report["val"] = aggregate(val[1:], weights, data.val, stages, data) if len(data.val) else None
     report["test"] = aggregate(test[1:], weights, data.test, stages, data)
+    report |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group")}
+    report["bar"] = {}
     if stages[0].name == "many":
         report["bar"] = baselines(test[:1], val[:1], data, report["fitted"])
     report["eval_seconds"] = clock(loader.device) - began
     bias = product_bias(weights[T], weights[T + 1], counts)
     return [states[f"sub-model {t}"] for t in range(1, T + 1)], weights[:T], bias
 
-
 # ----------------------------------------------------------------------------------------- report
-
 
 def show_report(report, run):
     """The tables and figures of the paper, from this run."""
@@ -799,18 +804,27 @@ def show_report(report, run):
     for t in range(len(test["alone"])):
         lam = test["lambda_by_group"]
         rows[f"sub-model {t + 1}"] = {g: lam[g] and lam[g][t] for g in GROUPS}
-    run.show("lambda_by_group", "Mean lambda of the instance weights (Table 9)", rows, GROUPS,
-             ".2f")
-    run.show("importance_by_group", "Mean Taylor importance of a weight (Fig. 1b)",
-             report["importance_by_group"], GROUPS, ".1e")
-    if report["pruning_curve"]:
+    run.show(
+        "lambda_by_group", "Mean lambda of the instance weights (Table 9)", rows, GROUPS, ".2f"
+    )
+    run.show(
+        "importance_by_group",
+        "Mean Taylor importance of a weight (Fig. 1b)",
+        report["importance_by_group"],
+        GROUPS,
+        ".1e",
+    )
+    if "pruning_curve" in report:
         rows = {}
         for name, curve in report["pruning_curve"].items():
             rows[f"{name} classes"] = {f"{g:.0%}": accuracy for g, accuracy in curve}
         ratios = [f"{10 * g}%" for g in range(10)]
         run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, ratios)
-    names = {"ce": "cross-entropy (stage 1)", "ce_la": "  + logit adjustment",
-             "ce_fitted": "  + fitted"}
+    names = {
+        "ce": "cross-entropy (stage 1)",
+        "ce_la": "  + logit adjustment",
+        "ce_fitted": "  + fitted",
+    }
     rows = {names[key]: accuracy for key, accuracy in report["bar"].items()}
     rows |= {f"sub-model {t} alone": accuracy for t, accuracy in enumerate(test["alone"], 1)}
     rows |= {f"DO, {name}": accuracy for name, accuracy in test["aggregations"].items()}
@@ -818,30 +832,27 @@ def show_report(report, run):
     rows["model.pt: the product, clean images alone"] = report["clean"]
     run.show("accuracy_by_group", "Mean over the clean image and its views", rows)
     fitted = "fitted on validation images" if report["fitted"] else "not fitted"
-    print(f"some sub-model is right: {test['at_least_one_right']:.1f} % of the images; weights of "
-          f"the product, {fitted}: {', '.join(f'{w:.2f}' for w in test['product'])}")
-
+    print(
+        f"some sub-model is right: {test['at_least_one_right']:.1f} % of the images; weights of "
+        f"the product, {fitted}: {', '.join(f'{w:.2f}' for w in test['product'])}"
+    )
 
 def main(argv=None):
     """Train, decouple, mix, evaluate: the whole method in the paper's order."""
     args = parse_args(argv)
     device = start(args)
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
-                        args.size, args.lists)
-    describe(data, args.split_seed)
+    data = load_from_flags(args)
     if data.multi_label:
         raise InputError(f"--dataset {args.dataset} has several labels per image, which DO is not "
                          "for; take more_lt.py")
     settle(args, data)
     stages = make_stages(args, data, device)
-    stats = timm_stats(args.arch) if args.arch.startswith("timm:") else None
+    stats = network_stats(args.arch)
     loader = Loader(data, device, args.batch_size, args.aug, args.workers, stats)
     torch.manual_seed(args.seed)
     model = build_model(args.arch, data.num_classes, args.weights or args.pretrained, data.size)
     add_owner_masks(model, args.prune_classifier)
     run = Run(args, data)
-    run.report = {"submodels": {}, "bar": {}, "importance_by_group": {}, "pruning_curve": {},
-                  "gammas": [], "tpd_seconds": 0.0} | run.report
     model.stage_rest = run.resumed.get("rest", {})
     network = prepare(model, loader, run)
 
@@ -853,18 +864,11 @@ def main(argv=None):
 
     report = run.report
     saved = what_predicts(args, loader, states, weights, bias)
-    classifier = Classifier(saved).to(device)
-    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
+    report["clean"] = scored(evaluate(saved, loader), data.test, data)
     show_report(report, run)
-    kept = ("submodels", "bar", "gammas", "importance_by_group", "pruning_curve", "test", "val",
-            "fitted", "eval_seconds", "clean")
-    result = {"method": "do"} | {key: report[key] for key in kept}
-    result |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group")}
-    return finish(run, result, report["test"]["aggregations"][args.agg], saved, loader)
-
+    return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
-
 
 def start(args):
     """Set this process up; returns its torch.device. Joins torchrun's others through NCCL (CUDA)
@@ -894,18 +898,18 @@ def start(args):
             sys.stdout = open(os.devnull, "w")
     return device
 
-
 def run_name(method, args):
     """The default --out."""
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
     return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}_seed{args.seed}"
 
-
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is
     resumed. On CUDA BatchNorm sees the batch of all processes (on the CPU each its share)."""
-    args, device, report = run.args, loader.device, run.report
+    args = run.args
+    device = loader.device
+    report = run.report
     if WORLD > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
@@ -914,18 +918,22 @@ def prepare(model, loader, run):
     elif "precision" not in report:
         rates = all_sum(precision_rates(model, loader.data.size, device)).tolist()
         report["precision"] = ("fp32", "bf16")[int(np.argmax(rates))]
-        print(f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
-              f"backward; takes {report['precision']}")
+        print(
+            f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
+            f"backward; takes {report['precision']}"
+        )
     if run.resumed:
         model.load_state_dict(run.resumed["model"])
     if args.compile == 1 or (args.compile is None and device.type == "cuda"):
         model.compile(mode="reduce-overhead")
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
-          f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
-          f"writes {args.out}", flush=True)
+    print(
+        f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
+        f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
+        f"writes {args.out}",
+        flush=True,
+    )
     return Network(model, report["precision"])
-
 
 def distribute(network):
     """The network, in DistributedDataParallel when there are several processes (gradients are
@@ -933,7 +941,6 @@ def distribute(network):
     if WORLD == 1:
         return network
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
 
 def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
@@ -945,17 +952,17 @@ def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
     return (peak * shape * rise).tolist()
 
-
 def stop_unless_finite(loss, model, where, flags="--lr"):
     """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
     values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
     if not torch.stack([loss, *values]).isfinite().all():
         if RANK == 0:
-            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
-                  f"checkpoint is kept: lower {flags} and start again, or look at the data",
-                  file=sys.stderr)
+            print(
+                f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
+                f"checkpoint is kept: lower {flags} and start again, or look at the data",
+                file=sys.stderr,
+            )
         sys.exit(3)
-
 
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
@@ -988,7 +995,8 @@ class Run:
 
     def check(self):
         """Raise InputError when the checkpoint is of another run."""
-        saved, now = self.resumed.get("args", {}), vars(self.args)  # a foreign file has none
+        saved = self.resumed.get("args", {})
+        now = vars(self.args)
         differing = [key for key in sorted(set(saved) | set(now))
                      if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key)]
         before = self.resumed.get("report", {}).get("precision")
@@ -1042,7 +1050,6 @@ class Run:
         except ImportError:
             print(f"no {name}.png: pip install matplotlib")
 
-
 def short(value):
     """A number as the log shows it."""
     if value is None:
@@ -1051,43 +1058,69 @@ def short(value):
         return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
-
 def what_predicts(args, loader, states, weights, bias):
     """The content of model.pt: all that models.load_classifier needs. states: plain state dicts of
     networks; weights: one per network; bias: (K,)."""
     data = loader.data
-    return {"arch": args.arch, "class_names": data.class_names, "size": list(data.size),
-            "resize": data.resize, "mean": loader.mean.cpu(), "std": loader.std.cpu(),
-            "multi_label": data.multi_label, "weights": weights.cpu(), "bias": bias.cpu(),
-            "networks": [{k: v.cpu() for k, v in state.items()} for state in states]}
+    return {
+        "arch": args.arch,
+        "class_names": data.class_names,
+        "size": list(data.size),
+        "resize": data.resize,
+        "mean": loader.mean.cpu(),
+        "std": loader.std.cpu(),
+        "multi_label": data.multi_label,
+        "weights": weights.cpu(),
+        "bias": bias.cpu(),
+        "networks": [{k: v.cpu() for k, v in state.items()} for state in states],
+    }
 
+def evaluate(saved, loader):
+    """Log-probabilities N x K of the test images, clean and once each, by the module that
+    models.load_classifier makes of model.pt."""
+    classifier = Classifier(saved).to(loader.device, memory_format=torch.channels_last)
+    return loader.predict(classifier.experts, "test")[0]
 
-def finish(run, result, chosen, saved, loader):
-    """Write model.pt and result.json: `result`, the figures `chosen` that the run reports, and
-    what every run's has. Returns the result."""
-    args, report, folder = run.args, run.report, run.folder
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = git.stdout.strip() or "unknown"
-    except OSError:  # no git here
-        commit = "unknown"
-    cuda = loader.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+def finish(run, method, chosen, saved, loader):
+    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
+    found, and how it was made. Returns the result."""
+    args = run.args
+    report = run.report
+    folder = run.folder
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if loader.device.type == "cuda":
+        device = torch.cuda.get_device_name()
     seconds = report["train_seconds"]
-    result |= {key: getattr(args, key) for key in ("dataset", "imb", "arch", "seed", "split_seed",
-                                                   "epochs")}
-    result |= {"acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
-               "counts": run.counts, "ece": chosen["ece"], "precision": report["precision"],
-               "args": vars(args), "images_per_second": report["images"] / max(seconds, 1e-9),
-               "train_seconds": seconds, "device": device, "torch": torch.__version__,
-               "git": commit}
+    result = {
+        "method": method,
+        "metric": "mAP" if loader.data.multi_label else "top-1",
+        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
+        "per_class": chosen["per_class"],
+        "ece": chosen["ece"],
+        "counts": run.counts,
+        "images_per_second": report["images"] / max(seconds, 1e-9),
+        "device": device,
+        "torch": torch.__version__,
+        "git": commit(),
+        "args": vars(args),
+    }
+    flags = ("dataset", "imb", "arch", "seed", "split_seed", "epochs")
+    result |= {key: getattr(args, key) for key in flags}
+    result |= {key: value for key, value in report.items() if key != "log"}
     write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
     write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
     print(f"\nresult: {folder / 'result.json'}; label photographs with: python models.py "
           f"{folder / 'model.pt'} PHOTOS")
     return result
 
+def commit():
+    """The commit of these files, with a + if they were changed since; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 if __name__ == "__main__":
     run_script(main)

@@ -10,8 +10,11 @@
 """
 import copy
 import csv
+import socket
 import sys
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -27,9 +30,7 @@ from data_lt import (InputError, argument_parser, centre_view, decode, image_fil
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
 
-
 # --------------------------------------------------------------------------------------- networks
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a parameter-free shortcut (option A of He et al., CVPR 2016)."""
@@ -52,7 +53,6 @@ class BasicBlock(nn.Module):
             x = F.pad(x, (0, 0, 0, 0, half, self.extra - half))
         return F.relu_(out.add_(x))
 
-
 class ResNetCifar(nn.Module):
     """ResNet with 6n + 2 layers for 32x32 images (He et al., CVPR 2016, section 4.2)."""
 
@@ -70,7 +70,6 @@ class ResNetCifar(nn.Module):
     def forward(self, x):
         x = F.relu_(self.bn1(self.conv1(x)))
         return self.fc(self.blocks(x).mean((2, 3)))
-
 
 def build_model(arch, num_classes, pretrained=False, size=None):
     """A freshly initialised network; draws from the global torch generator.
@@ -96,7 +95,6 @@ def build_model(arch, num_classes, pretrained=False, size=None):
         check_takes(model, arch, size)
     return model
 
-
 def check_takes(model, arch, size):
     """Raise InputError unless the network takes images of `size` (H, W)."""
     try:
@@ -106,7 +104,6 @@ def check_takes(model, arch, size):
         raise InputError(f"--arch {arch} cannot take images of {size[0]} pixels "
                          f"({str(error).splitlines()[0]}); give another --arch or --size") from None
 
-
 def torchvision_model(arch, **options):
     """A classifier of torchvision's by name. Raises InputError for an unknown one."""
     known = torchvision.models.list_models(module=torchvision.models)
@@ -114,7 +111,6 @@ def torchvision_model(arch, **options):
         raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152, another of "
                          "torchvision's, or timm:NAME")
     return torchvision.models.get_model(arch, **options)
-
 
 def torchvision_pretrained(arch, num_classes):
     """A ResNet of torchvision's with its ImageNet weights and a new last layer."""
@@ -124,23 +120,44 @@ def torchvision_pretrained(arch, num_classes):
     torchvision_model(arch)
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     remedy = f"put it by hand into {torch.hub.get_dir()}/checkpoints"
-    with reading(f"--pretrained: {url}", remedy):
+    with reading(f"--pretrained: {url}", remedy), patience():
         model = torchvision_model(arch, weights="DEFAULT")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
-
 
 def timm_model(arch, num_classes, pretrained=False, size=None):
     """A classifier of timm's (--arch timm:NAME) for images of `size` (H, W)."""
     timm = import_timm(arch)
     name = arch.removeprefix("timm:")
     options = {"num_classes": num_classes, "pretrained": pretrained}
-    with reading(f"--arch {arch}", "take one of timm.list_models(), and --weights FILE where "
-                                   "there is no network"):
+    remedy = "take one of timm.list_models(), and --weights FILE where there is no network"
+    with reading(f"--arch {arch}", remedy), patience():
         if size and timm.get_pretrained_cfg(name).fixed_input_size:
             options["img_size"] = size
+        if pretrained and not answers("https://huggingface.co"):  # where timm's weights are
+            import huggingface_hub
+            huggingface_hub.constants.HF_HUB_OFFLINE = True  # what is in its cache, or none
         return timm.create_model(name, **options)
 
+@contextmanager
+def patience(seconds=20):
+    """Within it a connection that does not answer for so long is an error."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+def answers(url):
+    """Whether a web server answers."""
+    try:
+        urllib.request.urlopen(url).close()
+    except urllib.error.HTTPError:  # it does, if with an error
+        return True
+    except OSError:
+        return False
+    return True
 
 def import_timm(arch):
     """The module timm. Raises InputError when it is not installed."""
@@ -150,14 +167,15 @@ def import_timm(arch):
         raise InputError(f"--arch {arch}: needs timm; pip install timm") from None
     return timm
 
-
-def timm_stats(arch):
-    """(mean, std) in 0..255 units, float tensors (3,), that a timm network was trained with."""
+def network_stats(arch):
+    """(mean, std) in 0..255 units, float tensors (3,), that a timm network was trained with; None
+    for others, which take what data_lt.channel_stats finds."""
+    if not arch.startswith("timm:"):
+        return None
     config = import_timm(arch).get_pretrained_cfg(arch.removeprefix("timm:"))
     if config is None:
         raise InputError(f"--arch {arch}: unknown; take one of timm.list_models()")
     return 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
-
 
 def load_weights(model, path):
     """Load a state dict (plain, or under "state_dict" or "model") into the model, all but a last
@@ -177,12 +195,10 @@ def load_weights(model, path):
                          "of the same --arch")
     model.load_state_dict(fits, strict=False)
 
-
 def weight_layers(model):
     """{name: layer} of the convolutions and linear layers, the classifier among them."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-
 
 def classifier_name(model):
     """The name of the layer that gives the logits: timm's networks know it, elsewhere it is the
@@ -191,7 +207,6 @@ def classifier_name(model):
     config = getattr(model, "pretrained_cfg", {})
     name = config.get("classifier")
     return name if name in names else names[-1]
-
 
 class Network(nn.Module):
     """The model, computing in "bf16" or "fp32"; its logits are float32."""
@@ -205,7 +220,6 @@ class Network(nn.Module):
         bf16 = self.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             return self.model(x).float()
-
 
 def precision_rates(model, size, device):
     """Images/s, forward and backward, of a copy of the model in fp32 and in bf16: (2,) tensor.
@@ -224,16 +238,13 @@ def precision_rates(model, size, device):
         rates.append(n / max(min(seconds[1:]), 1e-9))
     return torch.tensor(rates, device=device)
 
-
 def clock(device):
     """Seconds, once the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
-
 # ----------------------------------------------------------- owner masks and nested sub-models (DO)
-
 
 def add_owner_masks(model, classifier=False):
     """Give every conv and linear weight but the classifier's (unless classifier=True) an owner;
@@ -251,24 +262,20 @@ def add_owner_masks(model, classifier=False):
     model.stage_rest = {}
     return model
 
-
 def owned_layers(model):
     """{name: layer} of the layers whose weights have owners: TPD ranks, prunes, freezes them."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "weight_owner")}
-
 
 def plain_state(model):
     """A copy of the state dict without the owners: it loads, strict, into the plain network."""
     state = model.state_dict()
     return {k: v.detach().clone() for k, v in state.items() if not k.endswith("weight_owner")}
 
-
 def keep_stage_rest(model, t):
     """Remember as stage t's own what has no owners: BatchNorm (affine, statistics), biases, last
     layer."""
     owned = {f"{name}.weight" for name in owned_layers(model)}
     model.stage_rest[t] = {k: v for k, v in plain_state(model).items() if k not in owned}
-
 
 def submodel_state(model, t):
     """Sub-model t as a state dict that loads, strict, into the plain network.
@@ -284,9 +291,7 @@ def submodel_state(model, t):
         state[key] = value.clone().to(state[key].device)
     return state
 
-
 # ----------------------------------------------------------------------- low-rank weights (MORE)
-
 
 class LowRank(nn.Module):
     """W = W_g + B A as a parametrisation of a weight seen as out x (in * kh * kw).
@@ -315,7 +320,6 @@ class LowRank(nn.Module):
         """W_g of a given W: what torch's parametrisation stores when a weight is set."""
         return weight - self.product(weight)
 
-
 def add_low_rank(model, ratio=0.1):
     """Turn every conv and linear weight of any module (and attention's fused projection) into
     W_g + B A; returns the model, which computes bit for bit what it did.
@@ -330,7 +334,6 @@ def add_low_rank(model, ratio=0.1):
         if weight is not None:
             parametrize.register_parametrization(layer, name, LowRank(weight, ratio))
     return model
-
 
 @contextmanager
 def general_only(model):
@@ -350,7 +353,6 @@ def general_only(model):
         for norm in norms:
             norm.track_running_stats = True
 
-
 def merge_low_rank(model):
     """Put W_g + B A into the plain weights: the module as it was, same types, keys and cost;
     returns it."""
@@ -360,9 +362,7 @@ def merge_low_rank(model):
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     return model
 
-
 # ---------------------------------------------------------------------- what a run leaves: model.pt
-
 
 class Experts(nn.Module):
     """Normalised images n x 3 x H x W -> log-probabilities n x K, by one or several networks.
@@ -386,7 +386,6 @@ class Experts(nn.Module):
         for weight, network in zip(self.weights, self.networks):
             total = total + weight * network(x).log_softmax(1)
         return total.log_softmax(1)
-
 
 class Classifier(nn.Module):
     """uint8 images n x 3 x H x W -> log-probabilities n x K: what model.pt holds, made to run.
@@ -414,13 +413,11 @@ class Classifier(nn.Module):
     def forward(self, images):
         return self.experts(normalize(images, self.mean, self.std))
 
-
 def load_classifier(path):
     """The Classifier in a model.pt, on the CPU and in evaluation mode. Raises InputError."""
     with reading(path, "give the model.pt that do_lt.py or more_lt.py wrote"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return Classifier(saved).requires_grad_(False)
-
 
 def label_photographs(classifier, paths, batch=32):
     """Yield (path, probabilities (K,)) of photographs, decoded as in testing. A file that cannot
@@ -438,7 +435,6 @@ def label_photographs(classifier, paths, batch=32):
             probs = classifier(torch.stack(list(images.values())).to(device)).exp()
             yield from zip(images, probs.cpu())
 
-
 def answer(probs, names, multi_label):
     """What is said of one photograph: [class, probability, second class, its probability]; with
     several labels per image each label above 0.5, and its probability."""
@@ -450,7 +446,6 @@ def answer(probs, names, multi_label):
     for p, c in zip(*probs.topk(min(2, len(names)))):
         row += [names[c], f"{p:.4f}"]
     return row
-
 
 def main(argv=None):
     """Label photographs with a model.pt."""
@@ -485,7 +480,6 @@ def main(argv=None):
     if args.csv:
         write_file(args.csv, write)
     sys.exit(1 if len(rows) < len(paths) else 0)
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, Loader,
-                     add_data_arguments, all_sum, argument_parser, describe, draw_bars,
-                     expected_calibration_error, group_accuracy, group_means, listed, load_dataset,
-                     mixup, number, read_checkpoint, recipe_name, run_script, table, write_file)
+                     add_data_arguments, all_sum, argument_parser, draw_bars,
+                     expected_calibration_error, group_accuracy, group_means, listed,
+                     load_from_flags, number, read_checkpoint, recipe_name, run_script, table,
+                     write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, clock, general_only,
-                    merge_low_rank, plain_state, precision_rates, timm_stats)
+                    merge_low_rank, plain_state, precision_rates, network_stats)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -67,7 +68,6 @@ RECIPES = {
         optimizer="sgd",
     ),
 }
-
 
 def parse_args(argv=None):
     """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
@@ -130,7 +130,6 @@ def parse_args(argv=None):
             setattr(args, key, value)
     return args
 
-
 def settle(args, data):
     """Fit --loss and --sampling to the data; after this nothing changes the flags. Raises
     InputError for flags that do not go together."""
@@ -138,25 +137,25 @@ def settle(args, data):
     fitting = ("bce", "focal", "asl", "db") if data.multi_label else ("ce", "bsce", "ldam", "focal")
     if args.loss not in fitting:
         labels = "several labels" if data.multi_label else "one label"
-        raise InputError(f"--loss {args.loss}: {data.name} has {labels} per image; take "
-                         f"{', '.join(fitting)}")
+        raise InputError(
+            f"--loss {args.loss}: {data.name} has {labels} per image; take " f"{', '.join(fitting)}"
+        )
     args.sampling = args.sampling or ("class-aware" if args.loss == "db" else "natural")
     if args.sampling == "class-aware" and args.loss in ("bsce", "ldam"):
-        raise InputError(f"--sampling class-aware: --loss {args.loss} corrects for the counts "
-                         "itself; take ce or focal")
+        raise InputError(
+            f"--sampling class-aware: --loss {args.loss} corrects for the counts "
+            "itself; take ce or focal"
+        )
     method = "base" if args.no_more else "more"
     args.out = args.out or run_name(f"{method}_{args.loss}", args)
 
-
 # --------------------------------------------------------- base losses, on which MORE is a plug-in
-
 
 def balanced_softmax(logits, target, counts):
     """CE(f + log N_c, y), the mean (Ren et al., NeurIPS 2020): logit adjustment with tau 1.
     counts: (K,) tensor or array."""
     counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device)
     return F.cross_entropy(logits + counts.log(), target)
-
 
 def focal_loss(logits, target, gamma=2.0):
     """Mean of (1 - p_y)^gamma * CE (Lin et al., ICCV 2017). target: int (n,), or 0/1 n x K with
@@ -166,7 +165,6 @@ def focal_loss(logits, target, gamma=2.0):
         return sigmoid_focal_loss(logits, target, alpha=-1, gamma=gamma, reduction="mean")
     ce = F.cross_entropy(logits, target, reduction="none")
     return ((1 - (-ce).exp()) ** gamma * ce).mean()
-
 
 def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
     """Label-distribution-aware margins, N_c^(-1/4) with the largest max_margin (Cao et al.,
@@ -185,14 +183,12 @@ def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
         ce = torch.as_tensor(weight, dtype=ce.dtype, device=ce.device)[target] * ce
     return ce.mean()
 
-
 def effective_weights(counts, beta=0.9999):
     """Class weights (1 - beta) / (1 - beta^N_c), float array (K,) (Cui et al., CVPR 2019):
     LDAM-DRW's re-weighting. Their mean over the images, weighted by counts (K,), is 1."""
     counts = np.maximum(np.asarray(counts, dtype=np.float64), 1)
-    weights = (1 - beta) / (1 - beta ** counts)
+    weights = (1 - beta) / (1 - beta**counts)
     return weights * counts.sum() / (weights * counts).sum()
-
 
 def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
     """Asymmetric loss (Ridnik et al., ICCV 2021, eq. 7), the mean over n x K. target: 0/1 n x K.
@@ -203,12 +199,12 @@ def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
     p = logits.sigmoid()
     q = (p - margin).clamp_min(0)
     positive = (1 - p) ** gamma_pos * F.logsigmoid(logits)
-    negative = q ** gamma_neg * torch.log1p(-q.clamp_max(1 - 1e-7))
+    negative = q**gamma_neg * torch.log1p(-q.clamp_max(1 - 1e-7))
     return -torch.where(target > 0, positive, negative).mean()
 
-
-def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10.0, mu=0.3,
-                               kappa=0.05, scale=5.0, gamma=2.0):
+def distribution_balanced_loss(
+    logits, target, counts, total, alpha=0.1, beta=10.0, mu=0.3, kappa=0.05, scale=5.0, gamma=2.0
+):
     """Distribution-balanced loss (Wu et al., ECCV 2020), the mean over n x K; the values are its
     code's for VOC-MLT. target: 0/1 n x K; counts: (K,); total: training images.
 
@@ -226,7 +222,6 @@ def distribution_balanced_loss(logits, target, counts, total, alpha=0.1, beta=10
     ce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
     focal = 2 * (1 - (-ce).exp()) ** gamma if gamma > 0 else 1.0
     return (focal * weight * ce * torch.where(y > 0, 1.0, 1 / scale)).mean()
-
 
 def base_loss(name, data, device, deferred=False):
     """The function loss(logits, target) of --loss. deferred: ldam's re-weighting has begun."""
@@ -247,15 +242,12 @@ def base_loss(name, data, device, deferred=False):
     published = dict(mu=0.2, scale=2.0) if data.name == "coco_mlt" else {}  # Wu et al.'s for COCO
     return partial(distribution_balanced_loss, counts=counts, total=len(data.train), **published)
 
-
 # ---------------------------------------------------------- Model Rebalancing (MORE): W_g and B A
-
 
 def sinusoidal_weight(step, total, amplitude):
     """a(t) = A sin(pi t / T): the weight of the discrepancy loss after `step` of `total` steps.
     The paper's A is A' x classes, A' = 2."""
     return amplitude * math.sin(math.pi * step / total)
-
 
 def discrepancies(full, general, kind="mse", multi_label=False):
     """How far the two passes' logits are apart, per image: (n,). full, general: n x K.
@@ -273,7 +265,6 @@ def discrepancies(full, general, kind="mse", multi_label=False):
     q = general.log_softmax(1)
     return F.kl_div(q, p, log_target=True, reduction="none").flatten(1).sum(1)
 
-
 def more_loss(full, general, prior, target, discrepancy="mse"):
     """L_MORE = mean over the batch of prior(y) x discrepancy(full, general), without the schedule;
     a scalar.
@@ -287,7 +278,6 @@ def more_loss(full, general, prior, target, discrepancy="mse"):
         return (prior[target] * distance).mean()
     mean_prior = target.to(distance) @ prior / target.sum(1).clamp_min(1)
     return (mean_prior * distance).mean()
-
 
 class TwoPasses(nn.Module):
     """x -> (logits of W_g + B A, logits of W_g or None), as one forward: what
@@ -307,23 +297,24 @@ class TwoPasses(nn.Module):
         with general_only(self.network), torch.set_grad_enabled(not self.detach_general):
             return full, self.network(x)
 
-
 def make_optimizer(model, args):
     """SGD with Nesterov momentum 0.9, or AdamW; the low-rank factors have a weight decay of their
     own."""
     terms = [m for m in model.modules() if isinstance(m, LowRank)]
     factors = [p for term in terms for p in (term.A, term.B)]
     others = [p for p in model.parameters() if not any(p is factor for factor in factors)]
-    groups = [{"params": others, "weight_decay": args.weight_decay},
-              {"params": factors, "weight_decay": args.low_rank_decay}]
+    groups = [
+        {"params": others, "weight_decay": args.weight_decay},
+        {"params": factors, "weight_decay": args.low_rank_decay},
+    ]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr)
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
 
-
-def train(network, optimizer, batches, plan, losses, prior, args, rng):
-    """One step per batch. plan: per batch (learning rate, weight a(t) of the discrepancy loss,
-    whether ldam's re-weighting has begun). losses: the base loss before and after that.
+def train(network, optimizer, batches, plan, losses, prior, discrepancy):
+    """One step per batch of (x, [(share, labels), ..]). plan: per batch (learning rate, weight
+    a(t) of the discrepancy loss, whether ldam's re-weighting has begun). losses: the base loss
+    before and after that. prior: (K,) class frequencies.
 
     Returns images drawn, correct (of several labels: found) and discrepancy by class, (K,) each,
     and the sums of base loss and discrepancy loss over images.
@@ -334,15 +325,15 @@ def train(network, optimizer, batches, plan, losses, prior, args, rng):
     apart = torch.zeros_like(prior)
     loss_sum = torch.zeros_like(prior[0])
     more_sum = torch.zeros_like(prior[0])
-    for (x, y), (rate, weight, deferred) in zip(batches, plan):
+    for (x, targets), (rate, weight, deferred) in zip(batches, plan):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, targets = mixup(x, y, args.mixup, rng)
         full, general = network(x)
         loss = sum(share * losses[deferred](full, labels) for share, labels in targets)
+        y = targets[0][1]
         rebalancing = torch.zeros_like(loss)
         if general is not None:
-            rebalancing = more_loss(full, general, prior, y, args.discrepancy)
+            rebalancing = more_loss(full, general, prior, y, discrepancy)
         optimizer.zero_grad()
         (loss + weight * rebalancing).backward()
         optimizer.step()
@@ -356,12 +347,11 @@ def train(network, optimizer, batches, plan, losses, prior, args, rng):
             drawn += truth.sum(0)
             correct += (truth * right).sum(0)
             if general is not None:
-                distance = discrepancies(full, general, args.discrepancy, y.dim() == 2)
+                distance = discrepancies(full, general, discrepancy, y.dim() == 2)
                 apart += (truth * distance[:, None]).sum(0)
             loss_sum += loss * len(x)
             more_sum += rebalancing * len(x)
     return [all_sum(value) for value in (drawn, correct, apart, loss_sum, more_sum)]
-
 
 @torch.no_grad()
 def low_rank_share(model):
@@ -375,10 +365,29 @@ def low_rank_share(model):
                 share[f"{name}.{weight}"] = float(terms[0].product(W_g).norm() / W_g.norm())
     return share
 
+def loss_plan(epoch, epochs, steps, peak, schedule):
+    """By step of an epoch: a(t), and whether ldam's re-weighting has begun (LDAM-DRW: in the last
+    fifth of the training)."""
+    total = epochs * steps
+    done = range(epoch * steps, (epoch + 1) * steps)
+    deferred = [step >= 0.8 * total for step in done]
+    if schedule == "constant":
+        return [peak] * steps, deferred
+    return [sinusoidal_weight(step, total, peak) for step in done], deferred
+
+def progress_of_more(model, distances, groups):
+    """Columns of the log: mean |B A| / |W_g| of the layers, and the discrepancy by class group.
+    distances: (K,), mean discrepancy of each class."""
+    shares = list(low_rank_share(model).values())
+    by_group = group_means(distances.cpu(), groups)
+    return {"|BA|/|W|": float(np.mean(shares))} | {f"D {g}": by_group[g] for g in GROUPS}
 
 def fit(network, loader, run):
     """Train W_g and B A together; goes on from the checkpoint of a resumed run."""
-    args, model, data, epochs = run.args, network.model, loader.data, run.args.epochs
+    args = run.args
+    model = network.model
+    data = loader.data
+    epochs = run.args.epochs
     both = not args.no_more and args.amplitude > 0  # without the loss one pass per step
     optimizer = make_optimizer(model, args)
     if run.resumed:
@@ -390,24 +399,23 @@ def fit(network, loader, run):
     uniform = np.full(data.num_classes, 1 / data.num_classes)
     probs = None if args.sampling == "natural" else uniform
     steps = loader.steps
-    total = epochs * steps
     peak = args.amplitude * data.num_classes * both  # A = A' x classes
-    print(f"\n{args.loss}: {epochs} epochs, rate {args.lr:g} cosine; accuracy (several labels: "
-          "recall) on the images drawn, and on validation images")
+    print(
+        f"\n{args.loss}: {epochs} epochs, rate {args.lr:g} cosine; accuracy (several labels: "
+        "recall) on the images drawn, and on validation images"
+    )
     for epoch in range(run.resumed.get("epoch", 0), epochs):
         began = clock(loader.device)
         key = [args.seed, 1, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rates = learning_rates(args.lr, epoch, epochs, steps, "cosine", args.warmup)
-        done = range(epoch * steps, (epoch + 1) * steps)
-        weights = [sinusoidal_weight(step, total, peak) for step in done]
-        if args.schedule == "constant":
-            weights = [peak] * steps
-        deferred = [step >= 0.8 * total for step in done]  # LDAM-DRW: in the last fifth
+        weights, deferred = loss_plan(epoch, epochs, steps, peak, args.schedule)
         groups = loader.draw(probs, args.seed, epoch)
+        batches = loader.batches(groups, key, args.mixup)
+        plan = zip(rates, weights, deferred)
         drawn, correct, apart, loss, more = train(
-            trained, optimizer, loader.batches(groups, key), zip(rates, weights, deferred), losses,
-            prior, args, np.random.default_rng([*key, RANK]))
+            trained, optimizer, batches, plan, losses, prior, args.discrepancy
+        )
         stop_unless_finite(loss + more, model, f"epoch {epoch + 1}", "--lr or --amplitude")
         seconds = clock(loader.device) - began
         images = steps * loader.batch_size
@@ -418,15 +426,11 @@ def fit(network, loader, run):
             row["val"] = scored(loader.predict(network, "val")[0], data.val, data)["all"]
         if both:
             row |= {"a(t)": weights[0], "L_MORE": more.item() / images}
-            row["|BA|/|W|"] = float(np.mean([*low_rank_share(model).values()]))
-            distances = group_means((apart / drawn).cpu(), data.groups)
-            row |= {f"D {g}": distances[g] for g in GROUPS}
+            row |= progress_of_more(model, apart / drawn, data.groups)
         run.log(row, images, seconds, images * epochs)
         run.save(model, optimizer, epoch=epoch + 1)
 
-
 # ---------------------------------------------------------- test time: merged into a plain network
-
 
 def average_precision(scores, targets):
     """Average precision of each class, (K,) in 0..1, NaN where a class has no positive.
@@ -439,7 +443,6 @@ def average_precision(scores, targets):
     above = torch.searchsorted(-ordered, -ordered, right=True)  # images with at least this score
     precision = hits.cumsum(1).gather(1, above - 1) / above
     return (precision * hits).sum(1) / hits.sum(1)
-
 
 def f1_scores(scores, targets):
     """(OF1, CF1) in percent of the labels with a positive logit: F1 of all decisions together,
@@ -456,7 +459,6 @@ def f1_scores(scores, targets):
     cf1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
     return float(100 * of1), float(100 * cf1)
 
-
 def scored(logits, split, data):
     """Top-1 accuracy by group and per class, and ECE, from logits N x K; with several labels per
     image average precision (their mean is mAP), OF1 and CF1. Nothing but None where the split is
@@ -472,7 +474,6 @@ def scored(logits, split, data):
     accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
     return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
 
-
 def discrepancy_by_group(full, general, split, data, kind):
     """Mean discrepancy of two passes' logits N x K by class group."""
     distance = discrepancies(full, general, kind, data.multi_label)
@@ -482,11 +483,13 @@ def discrepancy_by_group(full, general, split, data, kind):
     truth = truth.float()
     return group_means((truth.T @ distance / truth.sum(0)).cpu(), data.groups)
 
-
 def test_time(network, loader, run):
     """The network on the test images, W_g alone beside it, and B A merged into W_g, which must
     change nothing. Adds to run.report."""
-    args, data, report, model = run.args, loader.data, run.report, network.model
+    args = run.args
+    data = loader.data
+    report = run.report
+    model = network.model
     began = clock(loader.device)
     views = loader.predict(network, "test", args.views, args.seed)
     report["eval_seconds"] = clock(loader.device) - began
@@ -494,8 +497,10 @@ def test_time(network, loader, run):
     report["low_rank_share"] = low_rank_share(model)
     report["discrepancy_by_group"] = {}
     mean_of = f", mean of {1 + args.views} views"
-    rows = {"test": scored(views[0], data.test, data),
-            f"test{mean_of}": scored(views.mean(0), data.test, data)}
+    rows = {
+        "test": scored(views[0], data.test, data),
+        f"test{mean_of}": scored(views.mean(0), data.test, data),
+    }
     if args.loss == "ce":  # post-hoc logit adjustment (tau 1), the baseline to beat
         counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
         adjusted = views.log_softmax(2) - (counts / counts.sum()).log()
@@ -515,15 +520,14 @@ def test_time(network, loader, run):
     full = loader.predict(exact, part)[0]
     with general_only(model):
         general = loader.predict(exact, part)[0]
-    report["discrepancy_by_group"] = discrepancy_by_group(full, general, getattr(data, part), data,
-                                                          args.discrepancy)
+    report["discrepancy_by_group"] = discrepancy_by_group(
+        full, general, getattr(data, part), data, args.discrepancy
+    )
     merge_low_rank(model)
     merged = loader.predict(exact, part)[0]
     report["merged_max_abs_diff"] = float((merged - full).abs().max())
 
-
 # ----------------------------------------------------------------------------------------- report
-
 
 def show_report(report, run):
     """The tables and figures of this run."""
@@ -535,27 +539,29 @@ def show_report(report, run):
     if report["merged_max_abs_diff"] is None:
         return
     log = [row for row in report["log"] if "L_MORE" in row]
-    rows = {f"epoch {row['epoch']}": {g: row[f"D {g}"] for g in GROUPS}
-            for row in log[::max(1, len(log) // 6)]}
+    rows = {
+        f"epoch {row['epoch']}": {g: row[f"D {g}"] for g in GROUPS}
+        for row in log[:: max(1, len(log) // 6)]
+    }
     rows["at the end, fp32"] = report["discrepancy_by_group"]
-    run.show("discrepancy_by_group", "Discrepancy of the full and the general pass", rows, GROUPS,
-             ".3g")
+    run.show(
+        "discrepancy_by_group", "Discrepancy of the full and the general pass", rows, GROUPS, ".3g"
+    )
     shares = [f"{name} {share:.3f}" for name, share in report["low_rank_share"].items()]
     print(f"|BA| / |W_g| by layer: {'  '.join(shares)}")
     difference = report["merged_max_abs_diff"]
-    print(f"merged and unmerged logits (fp32) differ by {difference:.1e} at most"
-          + ": TOO MUCH" * (difference > 1e-4))
-
+    print(
+        f"merged and unmerged logits (fp32) differ by {difference:.1e} at most"
+        + ": TOO MUCH" * (difference > 1e-4)
+    )
 
 def main(argv=None):
     """Decompose, train with two passes, merge, evaluate."""
     args = parse_args(argv)
     device = start(args)
-    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
-                        args.size, args.lists)
-    describe(data, args.split_seed)
+    data = load_from_flags(args)
     settle(args, data)
-    stats = timm_stats(args.arch) if args.arch.startswith("timm:") else None
+    stats = network_stats(args.arch)
     loader = Loader(data, device, args.batch_size, args.aug, args.workers, stats)
     torch.manual_seed(args.seed)
     model = build_model(args.arch, data.num_classes, args.weights or args.pretrained, data.size)
@@ -568,21 +574,14 @@ def main(argv=None):
     test_time(network, loader, run)
 
     report = run.report
-    saved = what_predicts(args, loader, [plain_state(model)], torch.ones(1),
-                          torch.zeros(data.num_classes))
-    classifier = Classifier(saved).to(device)
-    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
+    no_bias = torch.zeros(data.num_classes)
+    saved = what_predicts(args, loader, [plain_state(model)], torch.ones(1), no_bias)
+    report["clean"] = scored(evaluate(saved, loader), data.test, data)
     show_report(report, run)
-    kept = ("results", "merged_max_abs_diff", "low_rank_share", "discrepancy_by_group",
-            "eval_seconds", "clean")
-    result = {"method": "base" if args.no_more else "more",
-              "metric": "mAP" if data.multi_label else "top-1"}
-    result |= {key: report[key] for key in kept}
-    return finish(run, result, report["results"]["test"], saved, loader)
-
+    method = "base" if args.no_more else "more"
+    return finish(run, method, report["results"]["test"], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
-
 
 def start(args):
     """Set this process up; returns its torch.device. Joins torchrun's others through NCCL (CUDA)
@@ -612,18 +611,18 @@ def start(args):
             sys.stdout = open(os.devnull, "w")
     return device
 
-
 def run_name(method, args):
     """The default --out."""
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
     return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}_seed{args.seed}"
 
-
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is
     resumed. On CUDA BatchNorm sees the batch of all processes (on the CPU each its share)."""
-    args, device, report = run.args, loader.device, run.report
+    args = run.args
+    device = loader.device
+    report = run.report
     if WORLD > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
@@ -632,18 +631,22 @@ def prepare(model, loader, run):
     elif "precision" not in report:
         rates = all_sum(precision_rates(model, loader.data.size, device)).tolist()
         report["precision"] = ("fp32", "bf16")[int(np.argmax(rates))]
-        print(f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
-              f"backward; takes {report['precision']}")
+        print(
+            f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
+            f"backward; takes {report['precision']}"
+        )
     if run.resumed:
         model.load_state_dict(run.resumed["model"])
     if args.compile == 1 or (args.compile is None and device.type == "cuda"):
         model.compile(mode="reduce-overhead")
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
-          f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
-          f"writes {args.out}", flush=True)
+    print(
+        f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
+        f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
+        f"writes {args.out}",
+        flush=True,
+    )
     return Network(model, report["precision"])
-
 
 def distribute(network):
     """The network, in DistributedDataParallel when there are several processes (gradients are
@@ -651,7 +654,6 @@ def distribute(network):
     if WORLD == 1:
         return network
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
 
 def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
@@ -663,17 +665,17 @@ def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
     return (peak * shape * rise).tolist()
 
-
 def stop_unless_finite(loss, model, where, flags="--lr"):
     """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
     values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
     if not torch.stack([loss, *values]).isfinite().all():
         if RANK == 0:
-            print(f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
-                  f"checkpoint is kept: lower {flags} and start again, or look at the data",
-                  file=sys.stderr)
+            print(
+                f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
+                f"checkpoint is kept: lower {flags} and start again, or look at the data",
+                file=sys.stderr,
+            )
         sys.exit(3)
-
 
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
@@ -706,7 +708,8 @@ class Run:
 
     def check(self):
         """Raise InputError when the checkpoint is of another run."""
-        saved, now = self.resumed.get("args", {}), vars(self.args)  # a foreign file has none
+        saved = self.resumed.get("args", {})
+        now = vars(self.args)
         differing = [key for key in sorted(set(saved) | set(now))
                      if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key)]
         before = self.resumed.get("report", {}).get("precision")
@@ -760,7 +763,6 @@ class Run:
         except ImportError:
             print(f"no {name}.png: pip install matplotlib")
 
-
 def short(value):
     """A number as the log shows it."""
     if value is None:
@@ -769,43 +771,69 @@ def short(value):
         return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
-
 def what_predicts(args, loader, states, weights, bias):
     """The content of model.pt: all that models.load_classifier needs. states: plain state dicts of
     networks; weights: one per network; bias: (K,)."""
     data = loader.data
-    return {"arch": args.arch, "class_names": data.class_names, "size": list(data.size),
-            "resize": data.resize, "mean": loader.mean.cpu(), "std": loader.std.cpu(),
-            "multi_label": data.multi_label, "weights": weights.cpu(), "bias": bias.cpu(),
-            "networks": [{k: v.cpu() for k, v in state.items()} for state in states]}
+    return {
+        "arch": args.arch,
+        "class_names": data.class_names,
+        "size": list(data.size),
+        "resize": data.resize,
+        "mean": loader.mean.cpu(),
+        "std": loader.std.cpu(),
+        "multi_label": data.multi_label,
+        "weights": weights.cpu(),
+        "bias": bias.cpu(),
+        "networks": [{k: v.cpu() for k, v in state.items()} for state in states],
+    }
 
+def evaluate(saved, loader):
+    """Log-probabilities N x K of the test images, clean and once each, by the module that
+    models.load_classifier makes of model.pt."""
+    classifier = Classifier(saved).to(loader.device, memory_format=torch.channels_last)
+    return loader.predict(classifier.experts, "test")[0]
 
-def finish(run, result, chosen, saved, loader):
-    """Write model.pt and result.json: `result`, the figures `chosen` that the run reports, and
-    what every run's has. Returns the result."""
-    args, report, folder = run.args, run.report, run.folder
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = git.stdout.strip() or "unknown"
-    except OSError:  # no git here
-        commit = "unknown"
-    cuda = loader.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+def finish(run, method, chosen, saved, loader):
+    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
+    found, and how it was made. Returns the result."""
+    args = run.args
+    report = run.report
+    folder = run.folder
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if loader.device.type == "cuda":
+        device = torch.cuda.get_device_name()
     seconds = report["train_seconds"]
-    result |= {key: getattr(args, key) for key in ("dataset", "imb", "arch", "seed", "split_seed",
-                                                   "epochs")}
-    result |= {"acc": {g: chosen[g] for g in (*GROUPS, "all")}, "per_class": chosen["per_class"],
-               "counts": run.counts, "ece": chosen["ece"], "precision": report["precision"],
-               "args": vars(args), "images_per_second": report["images"] / max(seconds, 1e-9),
-               "train_seconds": seconds, "device": device, "torch": torch.__version__,
-               "git": commit}
+    result = {
+        "method": method,
+        "metric": "mAP" if loader.data.multi_label else "top-1",
+        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
+        "per_class": chosen["per_class"],
+        "ece": chosen["ece"],
+        "counts": run.counts,
+        "images_per_second": report["images"] / max(seconds, 1e-9),
+        "device": device,
+        "torch": torch.__version__,
+        "git": commit(),
+        "args": vars(args),
+    }
+    flags = ("dataset", "imb", "arch", "seed", "split_seed", "epochs")
+    result |= {key: getattr(args, key) for key in flags}
+    result |= {key: value for key, value in report.items() if key != "log"}
     write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
     write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
     print(f"\nresult: {folder / 'result.json'}; label photographs with: python models.py "
           f"{folder / 'model.pt'} PHOTOS")
     return result
 
+def commit():
+    """The commit of these files, with a + if they were changed since; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 if __name__ == "__main__":
     run_script(main)

@@ -41,7 +41,6 @@ DATA_ROOT = Path(os.environ.get("DATA_ROOT", "data"))
 COUNTS = np.array([120, 110, 60, 30, 10, 6])  # two classes of each group
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A six-class .npz of 8x8 images whose class is a colour: learnable in a few steps."""
@@ -57,14 +56,13 @@ def tiny(tmp_path_factory):
     np.savez(path, **arrays)
     return path
 
-
 @pytest.fixture(scope="session")
 def several(tmp_path_factory):
     """An .npz of 8x8 images with several labels each: label k colours the k-th pixel row."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, n in (("train", 200), ("val", 40), ("test", 80)):
-        share = [.6, .5, .3, .2, .08, .05] if part == "train" else .4
+        share = [0.6, 0.5, 0.3, 0.2, 0.08, 0.05] if part == "train" else 0.4
         labels = (rng.random((n, 6)) < share).astype(np.uint8)
         labels[labels.sum(1) == 0, 0] = 1
         labels[:6] |= np.eye(6, dtype=np.uint8)
@@ -76,7 +74,6 @@ def several(tmp_path_factory):
     np.savez(path, **arrays)
     return path
 
-
 def do_flags(dataset, out, *more):
     """Flags of a DO run of seconds."""
     flags = (f"--dataset {dataset} --out {out} --arch resnet20 --epochs 2,2,2 --lr 0.02 "
@@ -84,35 +81,29 @@ def do_flags(dataset, out, *more):
              "--tpd-steps 3 --warmup 0 --mixup 0 --importance-images 4")
     return [*flags.split(), *map(str, more)]
 
-
 def more_flags(dataset, out, *more):
     """Flags of a MORE run of seconds."""
     flags = (f"--dataset {dataset} --out {out} --arch resnet20 --epochs 3 --lr 0.05 "
              "--batch-size 56 --precision fp32 --device cpu --loss bsce --warmup 0 --mixup 0")
     return [*flags.split(), *map(str, more)]
 
-
 def losses_of(out):
     """The loss of each epoch of a run."""
     with open(out / "log.csv") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
-
 def networks_of(out):
     """The state dicts in a run's model.pt."""
     return torch.load(out / "model.pt", weights_only=True)["networks"]
-
 
 def equal(a, b):
     """Whether two state dicts are the same, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
-
 def same_networks(one, two):
     """Whether two runs ended with the same networks, bit for bit."""
     pairs = zip(networks_of(one), networks_of(two), strict=True)
     return all(equal(a, b) for a, b in pairs)
-
 
 def photograph(path, pixels=(200, 0, 0)):
     """A small picture at `path`: an array, or one colour."""
@@ -122,10 +113,8 @@ def photograph(path, pixels=(200, 0, 0)):
     else:
         Image.new("RGB", (40, 30), pixels).save(path)
 
-
 class Killed(BaseException):
     """Stands for SIGKILL inside one process: nothing of the script catches it."""
-
 
 def dying(monkeypatch, module, name, after, first=lambda *args: None):
     """From now on call number `after` of a function does `first` alone, and kills."""
@@ -139,7 +128,6 @@ def dying(monkeypatch, module, name, after, first=lambda *args: None):
             raise Killed
         return real(*args, **kwargs)
     monkeypatch.setattr(module, name, wrapper)
-
 
 @pytest.fixture(scope="session")
 def do_run(tiny, tmp_path_factory):
@@ -157,25 +145,27 @@ def do_run(tiny, tmp_path_factory):
         result = do_lt.main(do_flags(tiny, out))
     return SimpleNamespace(out=out, result=result, ends=ends)
 
-
 @pytest.fixture(scope="session")
 def more_run(tiny, tmp_path_factory):
     """One whole MORE run: its folder and its result."""
     out = tmp_path_factory.mktemp("more")
     return SimpleNamespace(out=out, result=more_lt.main(more_flags(tiny, out)))
 
-
 # ------------------------------------------------------------------------------------- data_lt.py
 
-
-@pytest.mark.parametrize("classes, n_max, imb, total", [
-    (100, 500, 100, 10847), (100, 500, 50, 12608), (100, 500, 10, 19573), (10, 5000, 100, 12406),
-])
+@pytest.mark.parametrize(
+    "classes, n_max, imb, total",
+    [
+        (100, 500, 100, 10847),
+        (100, 500, 50, 12608),
+        (100, 500, 10, 19573),
+        (10, 5000, 100, 12406),
+    ],
+)
 def test_exponential_counts_are_the_published_ones(classes, n_max, imb, total):
     counts = longtail_counts(classes, n_max, imb)
     assert counts.sum() == total
     assert counts.tolist() == [int(n_max * imb ** (-c / (classes - 1))) for c in range(classes)]
-
 
 def test_step_counts_and_class_groups():
     assert longtail_counts(4, 100, 10, "step").tolist() == [100, 100, 10, 10]
@@ -183,7 +173,6 @@ def test_step_counts_and_class_groups():
     assert [groups[g].tolist() for g in ("many", "medium", "few")] == [[0], [1, 2], [3]]
     with pytest.raises(ValueError, match="imb 0.5"):
         longtail_counts(10, 100, 0.5)
-
 
 def test_split_is_the_draw_of_ldam_drw():
     rng = np.random.default_rng(1)
@@ -202,7 +191,6 @@ def test_split_is_the_draw_of_ldam_drw():
     assert not set(kept) & set(left)
     assert len(kept) + len(left) == len(labels)
 
-
 def test_multi_label_split_has_a_long_tail_and_keeps_validation_images_apart():
     rng = np.random.default_rng(0)
     labels = np.eye(6, dtype=np.uint8)[rng.integers(0, 6, 1200)]
@@ -212,7 +200,6 @@ def test_multi_label_split_has_a_long_tail_and_keeps_validation_images_apart():
     assert not set(kept) & set(left)
     assert counts[0] == 10
     assert counts[-1] > 5 * counts[0]
-
 
 @pytest.mark.skipif(not (DATA_ROOT / "cifar100.npz").exists(), reason="no cifar100.npz")
 def test_real_cifar100_split():
@@ -228,7 +215,6 @@ def test_real_cifar100_split():
     twins = sum(image.tobytes() in train for image in data.val.images)
     assert twins <= 2, "validation images are not trained on (CIFAR has twins of its own)"
 
-
 def test_a_packed_split_gives_the_same_images(tmp_path):
     path = tmp_path / "split.npz"
     script = [sys.executable, HERE / "data_lt.py", "--dataset", "synth", "--split-seed", "5"]
@@ -236,7 +222,8 @@ def test_a_packed_split_gives_the_same_images(tmp_path):
     before = load_dataset("synth", split_seed=5)
     after = load_dataset(str(path))
     for part in ("train", "val", "test"):
-        one, two = getattr(before, part), getattr(after, part)
+        one = getattr(before, part)
+        two = getattr(after, part)
         assert np.array_equal(one.images, two.images)
         assert np.array_equal(one.labels, two.labels)
     assert before.class_names == after.class_names
@@ -247,7 +234,6 @@ def test_a_packed_split_gives_the_same_images(tmp_path):
     assert missing.returncode == 2
     assert missing.stderr == (f"error: --pack {tmp_path}/no/x.npz: there is no folder "
                               f"{tmp_path}/no; make it first\n")
-
 
 def test_a_pack_trains_by_the_recipe_of_what_was_packed(tiny, tmp_path):
     data = load_dataset(str(tiny))
@@ -262,14 +248,12 @@ def test_a_pack_trains_by_the_recipe_of_what_was_packed(tiny, tmp_path):
     (tmp_path / "about.json").write_text("{}")  # somebody else's file: no pack
     assert data_lt.recipe_name(str(tmp_path)) == "folder"
 
-
 def test_an_empty_validation_split_counts_as_none(tiny, tmp_path):
     arrays = dict(np.load(tiny))
     arrays |= {"val_images": arrays["val_images"][:0], "val_labels": arrays["val_labels"][:0]}
     np.savez(tmp_path / "x.npz", **arrays)
     assert len(load_dataset(str(tmp_path / "x.npz")).val) == 0
     assert len(load_dataset(str(tmp_path / "x.npz"), imb=30).val) > 0, "what the draw leaves out"
-
 
 def test_image_folder_with_validation_from_left_out_images(tmp_path):
     for c, i in np.ndindex(2, 20):
@@ -287,7 +271,6 @@ def test_image_folder_with_validation_from_left_out_images(tmp_path):
         assert load_dataset(str(tmp_path), size=16, imb=imb).counts.tolist() == [20, 20]
     assert load_dataset("synth", imb="keep").counts.tolist() == [300] * 10
 
-
 def test_natural_draws_are_a_plain_shuffle():
     labels = np.repeat(np.arange(6), COUNTS)
     n = len(labels)
@@ -297,7 +280,6 @@ def test_natural_draws_are_a_plain_shuffle():
     assert len(sampler) == n
     assert list(sampler.set_epoch(1)) != first
     assert list(sampler.set_epoch(0)) == first
-
 
 def test_draws_follow_the_class_probabilities_and_are_shared_out():
     labels = np.repeat(np.arange(6), COUNTS)
@@ -314,19 +296,16 @@ def test_draws_follow_the_class_probabilities_and_are_shared_out():
     with pytest.raises(ValueError, match="class 6"):
         ClassSampler(labels, np.full(7, 1 / 7), 10, seed=0)
 
-
 def test_class_aware_draws_of_several_labels_take_each_class_often_enough(several):
     labels = load_dataset(str(several)).train.labels
     drawn = labels[ClassSampler(labels, np.full(6, 1 / 6), 6000, 0).indices()]
     assert drawn.sum(0).min() > 990
-
 
 @pytest.fixture
 def pixels():
     """64 random images."""
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.integers(0, 256, (64, 3, 32, 32), dtype=np.uint8))
-
 
 @pytest.mark.parametrize("kind", ["none", "basic", "strong"])
 def test_augmentation_takes_its_randomness_from_the_given_generator_alone(kind, pixels):
@@ -339,7 +318,6 @@ def test_augmentation_takes_its_randomness_from_the_given_generator_alone(kind, 
     assert np.array_equal(np.random.get_state()[1], state[0])
     assert torch.equal(torch.get_rng_state(), state[1])
 
-
 def test_crop_flip_gives_windows_of_the_padded_image(pixels):
     unpadded = data_lt.crop_flip(pixels, np.random.default_rng(1), 0)  # only flips
     flipped = [torch.equal(c, image.flip(2)) for c, image in zip(unpadded, pixels)]
@@ -348,9 +326,8 @@ def test_crop_flip_gives_windows_of_the_padded_image(pixels):
     assert 16 < sum(flipped) < 48
     crop = data_lt.crop_flip(pixels, np.random.default_rng(1), 4)[0]
     padded = F.pad(pixels[0], (4, 4, 4, 4))
-    windows = [padded[:, t:t + 32, l:l + 32] for t in range(9) for l in range(9)]
+    windows = [padded[:, t : t + 32, l : l + 32] for t in range(9) for l in range(9)]
     assert any(torch.equal(crop, w) or torch.equal(crop, w.flip(2)) for w in windows)
-
 
 def test_rand_augment_draws_anew_for_every_group(pixels, monkeypatch):
     groups = []
@@ -366,7 +343,6 @@ def test_rand_augment_draws_anew_for_every_group(pixels, monkeypatch):
     assert 0 <= min(magnitudes) <= max(magnitudes) <= 18
     assert len(set(magnitudes)) > 3
 
-
 def test_mixup_mixes_images_with_the_other_end_of_the_batch(pixels):
     x = pixels.float()
     y = torch.arange(64)
@@ -380,7 +356,6 @@ def test_mixup_mixes_images_with_the_other_end_of_the_batch(pixels):
     assert same is x
     assert targets == [(1.0, y)]
 
-
 def test_channel_stats_by_hand():
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     mean, std = data_lt.channel_stats(images)
@@ -388,19 +363,21 @@ def test_channel_stats_by_hand():
     assert np.allclose(mean, values.mean(0), atol=1e-4)
     assert np.allclose(std, values.std(0), atol=1e-4)
 
-
 def test_accuracy_by_group_and_calibration_by_hand():
     found = data_lt.group_accuracy(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1]), [200, 50, 5])
-    assert found == {"many": 100.0, "medium": 50.0, "few": None, "all": 75.0,
-                     "per_class": [100.0, 50.0, None]}
+    assert found == {
+        "many": 100.0,
+        "medium": 50.0,
+        "few": None,
+        "all": 75.0,
+        "per_class": [100.0, 50.0, None],
+    }
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
     ece = data_lt.expected_calibration_error(probs, torch.tensor([0, 1, 1, 1]))
     by_hand = 100 * (2 * abs(0.9 - 0.5) + abs(0.6 - 1) + abs(0.7 - 1)) / 4
     assert ece == pytest.approx(by_hand, abs=1e-4)
 
-
 # -------------------------------------------------------------------------------------- models.py
-
 
 def test_networks_have_the_published_size_and_owners_beside_each_weight():
     parameters = models.build_model("resnet32", 10).parameters()
@@ -412,7 +389,6 @@ def test_networks_have_the_published_size_and_owners_beside_each_weight():
         owners = {key for key in masked.state_dict() if key.endswith("weight_owner")}
         assert set(masked.state_dict()) - owners == plain
         assert len(owners) == n == len(models.owned_layers(masked))
-
 
 @pytest.mark.parametrize("arch, size", [
     ("resnet32", 32), ("resnet50", 64), ("vit_b_16", 224), ("timm:tf_efficientnet_lite0", 64),
@@ -444,7 +420,6 @@ def test_low_rank_weights_start_plain_and_merge_into_a_plain_network(arch, size)
     assert [type(m) for m in model.modules()] == types
     models.build_model(arch, 5).load_state_dict(model.state_dict(), strict=True)
 
-
 @pytest.mark.parametrize("faster, seconds", [(0, [1, 1, 1, 2, 2, 2]), (1, [3, 3, 3, 9, 2, 2])])
 def test_precision_is_the_faster_one_measured_on_a_copy(faster, seconds, monkeypatch):
     model = models.build_model("resnet20", 6)
@@ -455,7 +430,6 @@ def test_precision_is_the_faster_one_measured_on_a_copy(faster, seconds, monkeyp
     rates = models.precision_rates(model, (8, 8), CPU)
     assert int(rates.argmax()) == faster
     assert equal(model.state_dict(), before)
-
 
 @pytest.mark.parametrize("name", ["do", "more"])
 def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
@@ -473,10 +447,10 @@ def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
         loader = Loader(data, CPU, 56)
         views = [loader.predict(network, "test") for network in classifier.experts.networks]
         weights = torch.tensor(run.result["test"]["product"])
-        product = do_lt.product_of_experts(torch.cat(views).log_softmax(2), weights,
-                                           torch.tensor(COUNTS).float())
+        product = do_lt.product_of_experts(
+            torch.cat(views).log_softmax(2), weights, torch.tensor(COUNTS).float()
+        )
         assert (product.log_softmax(1) - logp).abs().max() < 1e-4
-
 
 @pytest.mark.parametrize("name", ["do", "more"])
 def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path, capsys):
@@ -486,8 +460,9 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
         photograph(tmp_path / "new" / f"{i}.jpg", rng.integers(0, 256, (30, 40, 3), np.uint8))
     files = [str(tmp_path / "new" / f"{i}.jpg") for i in range(3)]
     with pytest.raises(SystemExit) as ended:
-        models.main([str(out / "model.pt"), str(tmp_path / "new"), "--csv",
-                     str(tmp_path / "x.csv")])
+        models.main(
+            [str(out / "model.pt"), str(tmp_path / "new"), "--csv", str(tmp_path / "x.csv")]
+        )
     assert ended.value.code == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in said] == files
@@ -509,14 +484,12 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
     assert len(found.out.splitlines()) == 2
     assert found.err.startswith(f"error: {files[1]}: cannot be read")
 
-
 def test_several_labels_are_each_named_above_one_half():
     names = ["sea", "sunset", "trees"]
     found = models.answer(torch.tensor([0.9, 0.6, 0.1]), names, multi_label=True)
     assert found == ["sea; sunset", "0.9000; 0.6000"]
     assert models.answer(torch.tensor([0.1, 0.2, 0.7]), names, False) == [
         "trees", "0.7000", "sunset", "0.2000"]
-
 
 @pytest.mark.parametrize("arch", ["timm:tf_efficientnet_lite0", "timm:test_vit"])
 def test_timm_networks_train_freeze_merge_and_predict_in_both_scripts(arch, tmp_path):
@@ -527,11 +500,20 @@ def test_timm_networks_train_freeze_merge_and_predict_in_both_scripts(arch, tmp_
         arrays[f"{part}_labels"] = labels
         arrays[f"{part}_images"] = rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
     np.savez(tmp_path / "x.npz", **arrays)
-    flags = (f"--dataset {tmp_path / 'x.npz'} --arch {arch} --batch-size 56 --lr 0.01 --device cpu "
-             "--precision fp32 --aug none --warmup 0 --pretrained 0").split()
+    flags = (
+        f"--dataset {tmp_path / 'x.npz'} --arch {arch} --batch-size 56 --lr 0.01 --device cpu "
+        "--precision fp32 --aug none --warmup 0 --pretrained 0"
+    ).split()
     config = [255 * v for v in models.import_timm(arch).get_pretrained_cfg(arch[5:]).mean]
-    do = do_lt.main([*flags, "--out", f"{tmp_path}/do", *"--epochs 1 --tpd-iters 1 --tpd-steps 1 "
-                     "--importance-images 2 --order many,few --gamma 0.3".split()])
+    do = do_lt.main(
+        [
+            *flags,
+            "--out",
+            f"{tmp_path}/do",
+            *"--epochs 1 --tpd-iters 1 --tpd-steps 1 "
+            "--importance-images 2 --order many,few --gamma 0.3".split(),
+        ]
+    )
     more = more_lt.main([*flags, "--out", f"{tmp_path}/more", "--epochs", "1"])
     assert more["merged_max_abs_diff"] < 1e-5
     assert max(more["low_rank_share"].values()) > 0
@@ -544,7 +526,6 @@ def test_timm_networks_train_freeze_merge_and_predict_in_both_scripts(arch, tmp_
     with pytest.raises(InputError, match="--arch timm:no_such: .*timm.list_models"):
         more_lt.main([*flags, "--arch", "timm:no_such", "--out", f"{tmp_path}/never"])
 
-
 @pytest.mark.skipif(not (DATA_ROOT / "weights").exists(), reason="no weights")
 def test_real_timm_weights_load_all_but_the_last_layer():
     file = DATA_ROOT / "weights" / "tf_efficientnet_lite0.pt"
@@ -556,9 +537,7 @@ def test_real_timm_weights_load_all_but_the_last_layer():
     assert all(torch.equal(saved[key], own[key]) for key in own.keys() - last)
     assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 7)
 
-
 # ------------------------------------------------------------------------------ do_lt.py, equations
-
 
 @pytest.mark.parametrize("stage, rho, few, weights", [
     ("many", .7, "", COUNTS),
@@ -571,16 +550,19 @@ def test_stage_class_probs(stage, rho, few, weights):
     probs = do_lt.stage_class_probs(COUNTS, stage, rho, few)
     assert np.allclose(probs, np.array(weights) / sum(weights))
 
-
-@pytest.mark.parametrize("stage, alpha", [
-    ("many", 1), ("medium", [.3, .3, .7, .7, .3, .3]), ("few", COUNTS[::-1] / COUNTS.sum()),
-])
+@pytest.mark.parametrize(
+    "stage, alpha",
+    [
+        ("many", 1),
+        ("medium", [0.3, 0.3, 0.7, 0.7, 0.3, 0.3]),
+        ("few", COUNTS[::-1] / COUNTS.sum()),
+    ],
+)
 def test_compensation_alpha(stage, alpha):
     assert np.allclose(do_lt.compensation_alpha(COUNTS, stage, 0.7), alpha)
     shuffled = np.array([3, 0, 5, 1, 4, 2])
     found = do_lt.compensation_alpha(COUNTS[shuffled], stage, 0.7)
     assert np.allclose(found, np.broadcast_to(alpha, 6)[shuffled])
-
 
 def test_stages_are_the_class_groups_and_the_loss_divides_by_alpha():
     for group, classes in class_groups(COUNTS).items():
@@ -594,7 +576,6 @@ def test_stages_are_the_class_groups_and_the_loss_divides_by_alpha():
         exact -= math.log(odds[c] / sum(odds)) / 4
     found = do_lt.compensation_loss(logits, y, alpha.log())
     assert found.item() == pytest.approx(exact, abs=1e-9)
-
 
 def test_taylor_importance_against_single_weights():
     torch.manual_seed(0)
@@ -616,6 +597,7 @@ def test_taylor_importance_against_single_weights():
                 values.append(loss(c).item())
             w[at] += 1e-6
         return (values[0] - values[1]) / 2e-6
+
     taylor = do_lt.taylor_importance(weights, (loss(c) for c in (0, 1)))
     fisher = do_lt.taylor_importance(weights, (loss(c) for c in (0, 1)), "fisher")
     for w, t, f in zip(weights, taylor, fisher):
@@ -624,7 +606,6 @@ def test_taylor_importance_against_single_weights():
             assert f[at].item() == pytest.approx(square, rel=1e-4, abs=1e-12)
             assert t[at].item() == pytest.approx(w[at].item() ** 2 * square, rel=1e-4, abs=1e-12)
     assert torch.equal(do_lt.taylor_importance(weights, (), "l1")[0], weights[0].abs())
-
 
 def test_learning_rates_rise_and_fall():
     rates = []
@@ -636,15 +617,13 @@ def test_learning_rates_rise_and_fall():
     assert rates[20] == pytest.approx(0.05)
     assert rates[-1] < 1e-3
 
-
 def test_gradual_ratio_and_the_choice_of_gamma():
     assert do_lt.gradual_ratio(0, 10, 0.2, 0.5) == pytest.approx(0.2)
     assert do_lt.gradual_ratio(10, 10, 0.2, 0.5) == 0.5
     assert do_lt.gradual_ratio(5, 10, 0.0, 0.8) == pytest.approx(0.8 - 0.8 / 8)
     chosen = do_lt.last_ratio_before_largest_drop
-    assert chosen([0, .1, .2, .3], [50, 49, 30, 29]) == .1
-    assert chosen([0, .1, .2, .3], [80, 40, 39, 20]) == .2, "never 0: weights must go"
-
+    assert chosen([0, 0.1, 0.2, 0.3], [50, 49, 30, 29]) == 0.1
+    assert chosen([0, 0.1, 0.2, 0.3], [80, 40, 39, 20]) == 0.2, "never 0: weights must go"
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4])
 def test_instance_weights_against_brute_force(T):
@@ -663,6 +642,7 @@ def test_instance_weights_against_brute_force(T):
         """Cosine similarity of the mixtures of both views, the long way."""
         mixtures = [torch.einsum(equation, lam, p) for p in (p1, p2)]
         return F.cosine_similarity(*mixtures, dim=-1)
+
     best = agree(grid, "gt,tuk->guk").max(0).values
     lost = best - agree(lam.double(), "ut,tuk->uk")
     assert lost.max() < (4e-3 if T == 4 else 6e-4), "a lattice of 1/50 (1/20) loses no more"
@@ -672,7 +652,6 @@ def test_instance_weights_against_brute_force(T):
     assert group.shape == (T,)
     found = agree(group[None].double(), "gt,tuk->guk").mean()
     assert found > agree(grid, "gt,tuk->guk").mean(1).max() - 6e-4
-
 
 def test_product_takes_off_priors_and_calibrates():
     """Two overconfident experts with opposed priors: the fit finds the truth."""
@@ -689,6 +668,7 @@ def test_product_takes_off_priors_and_calibrates():
     def loss(logits):
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (losses * rare).sum() / rare.sum()
+
     assert loss(fitted) < loss(truth) + 5e-3
     assert loss(fitted) < loss(logp.mean(0)) - 0.1
     assert 2 * float(w[:2].sum()) == pytest.approx(1, abs=0.15)
@@ -696,9 +676,7 @@ def test_product_takes_off_priors_and_calibrates():
     by_hand = w[0] * logp[0] + w[1] * logp[1] + w[2] * counts.log() + w[3] * medium
     assert torch.allclose(fitted, by_hand, atol=1e-5)
 
-
 # ----------------------------------------------------------------------------- do_lt.py, end to end
-
 
 def test_do_run_leaves_what_it_says(do_run):
     written = json.loads((do_run.out / "result.json").read_text())
@@ -720,7 +698,6 @@ def test_do_run_leaves_what_it_says(do_run):
     assert names >= {"last.pt", "model.pt", "stage1.pt", "accuracy_by_group.png", "log.csv"}
     assert not list(do_run.out.glob("*.tmp"))
 
-
 def test_frozen_weights_are_bit_identical(do_run):
     final = do_run.ends[3]
     names = [key for key in final if key.endswith("weight_owner")]
@@ -739,7 +716,6 @@ def test_frozen_weights_are_bit_identical(do_run):
     share = owned / owned.sum()  # gamma 50 % and 80 %: half, a fifth of the other half, the rest
     assert torch.allclose(share, torch.tensor([0, 0.5, 0.1, 0.4]), atol=1e-4)
 
-
 def test_submodels_equal_the_masked_network(do_run):
     last = torch.load(do_run.out / "last.pt", weights_only=True)
     masked = models.add_owner_masks(models.build_model("resnet20", 6))
@@ -757,7 +733,6 @@ def test_submodels_equal_the_masked_network(do_run):
         assert previous is None or (inside - previous).abs().max() > 1e-3, "sub-models differ"
         previous = inside
 
-
 def test_pruned_weights_stay_at_zero(tiny, tmp_path, monkeypatch):
     real = do_lt.prune
     left = []
@@ -773,11 +748,9 @@ def test_pruned_weights_stay_at_zero(tiny, tmp_path, monkeypatch):
     assert left
     assert max(left) == 0
 
-
 def half_a_file(state, path):
     """What a kill leaves while torch.save writes."""
     Path(path).write_bytes(b"half a checkpoint")
-
 
 @pytest.mark.parametrize("death", [
     pytest.param((do_lt, "compensation_loss", 50), id="in an epoch"),
@@ -798,7 +771,6 @@ def test_a_killed_and_resumed_run_is_an_unbroken_one(death, tiny, do_run, tmp_pa
         assert again[key] == do_run.result[key]
     assert losses_of(tmp_path) == losses_of(do_run.out)
 
-
 def test_a_real_sigkill_and_a_damaged_checkpoint(tiny, do_run, tmp_path, capsys):
     command = [sys.executable, HERE / "do_lt.py", *do_flags(tiny, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -812,11 +784,9 @@ def test_a_real_sigkill_and_a_damaged_checkpoint(tiny, do_run, tmp_path, capsys)
     assert "last.pt is damaged; trying the checkpoint before it" in capsys.readouterr().out
     assert same_networks(do_run.out, tmp_path)
 
-
 def short_do(dataset, out, flags):
     """A DO run of one epoch per stage."""
     return do_lt.main(do_flags(dataset, out, "--epochs", "1", *flags.split()))
-
 
 def test_gamma_auto_from_another_runs_stage_1(tiny, do_run, tmp_path):
     auto = short_do(tiny, tmp_path, f"--weights {do_run.out / 'stage1.pt'} --epochs 0,1,1 "
@@ -827,7 +797,6 @@ def test_gamma_auto_from_another_runs_stage_1(tiny, do_run, tmp_path):
     assert first[0] == first[1], "stage 1 was trained elsewhere"
     assert len(losses_of(tmp_path)) == 2
 
-
 def test_four_stages_by_the_papers_recipe(tiny, tmp_path):
     four = short_do(tiny, tmp_path, "--order many,medium-top,medium-low,few --gamma 0.5 "
                     "--importance fisher --few-sampling inverse --recipe paper --agg group "
@@ -837,7 +806,6 @@ def test_four_stages_by_the_papers_recipe(tiny, tmp_path):
     assert four["args"]["schedule"] == "constant"
     assert four["acc"]["all"] == four["aggregations"]["group"]["all"]
 
-
 def test_two_stages_in_bf16_with_mixup(tiny, tmp_path):
     two = short_do(tiny, tmp_path, "--order many,few --gamma 0.5 --importance l1 --agg mean "
                    "--views 3 --loss ce --aug none --precision bf16 --mixup 0.4")
@@ -845,22 +813,40 @@ def test_two_stages_in_bf16_with_mixup(tiny, tmp_path):
     assert two["acc"]["all"] == two["aggregations"]["mean"]["all"]
     assert two["lambda_by_group"]["many"]
 
-
-@pytest.mark.parametrize("flags, order, epochs, gamma, lr", [
-    ("", "many,few", [150, 50], [0.5], [0.1, 0.05]),
-    ("--epochs 1", "many,few", [1, 1], [0.5], [0.1, 0.05]),
-    ("--imb 10", "many,few", [150, 50], [0.5], [0.1, 0.05]),
-    ("--order many,medium,few", "many,medium,few", [100, 50, 50], [0.5, 0.8], [0.1, 0.05, 0.05]),
-    ("--recipe paper", "many,medium,few", [100, 50, 50], [0.5, 0.8], [0.05, 0.005, 0.005]),
-    ("--recipe paper --imb 50", "many,medium,few", [100, 50, 50], [0.5, 0.6], [0.05, .005, .005]),
-    ("--recipe paper --dataset inat18", "many,medium,few", [100, 50, 50], [0.5, 0.6],
-     [0.02, 0.002, 0.002]),
-])
+@pytest.mark.parametrize(
+    "flags, order, epochs, gamma, lr",
+    [
+        ("", "many,few", [150, 50], [0.5], [0.1, 0.05]),
+        ("--epochs 1", "many,few", [1, 1], [0.5], [0.1, 0.05]),
+        ("--imb 10", "many,few", [150, 50], [0.5], [0.1, 0.05]),
+        (
+            "--order many,medium,few",
+            "many,medium,few",
+            [100, 50, 50],
+            [0.5, 0.8],
+            [0.1, 0.05, 0.05],
+        ),
+        ("--recipe paper", "many,medium,few", [100, 50, 50], [0.5, 0.8], [0.05, 0.005, 0.005]),
+        (
+            "--recipe paper --imb 50",
+            "many,medium,few",
+            [100, 50, 50],
+            [0.5, 0.6],
+            [0.05, 0.005, 0.005],
+        ),
+        (
+            "--recipe paper --dataset inat18",
+            "many,medium,few",
+            [100, 50, 50],
+            [0.5, 0.6],
+            [0.02, 0.002, 0.002],
+        ),
+    ],
+)
 def test_recipes(flags, order, epochs, gamma, lr):
     args = do_lt.parse_args(flags.split())
     assert ",".join(args.order) == order
     assert (args.epochs, args.gamma, args.lr) == (epochs, gamma, lr)
-
 
 def test_groups_without_classes_or_validation_images(tiny, tmp_path):
     arrays = dict(np.load(tiny))
@@ -880,7 +866,6 @@ def test_groups_without_classes_or_validation_images(tiny, tmp_path):
     assert result["val"] is None
     assert "ce_fitted" not in result["bar"]
 
-
 def test_a_stage_that_is_left_out_takes_its_gamma_with_it(tiny, tmp_path):
     arrays = dict(np.load(tiny))
     labels = arrays["train_labels"]
@@ -894,15 +879,12 @@ def test_a_stage_that_is_left_out_takes_its_gamma_with_it(tiny, tmp_path):
     assert low["args"]["order"] == ["many", "medium-low", "few"]
     assert low["gammas"] == [0.3, 0.8]
 
-
 def test_a_single_stage_works(tiny, tmp_path, capsys):
     one = short_do(tiny, tmp_path, "--order many --gamma 0.5")
     assert one["lambda_by_group"]["few"] == [1.0]
     assert len(networks_of(tmp_path)) == 1
 
-
 # ------------------------------------------------------------------------------------- more_lt.py
-
 
 @pytest.fixture
 def logits():
@@ -911,22 +893,23 @@ def logits():
     full, general = torch.randn(2, 4, 3).double()
     return full, general, torch.tensor([0, 0, 1, 2]), np.array([90, 8, 2])
 
-
 def test_more_loss_by_hand(logits):
     full, general, y, counts = logits
     prior = torch.tensor(counts / 100)
-    p, q = full.softmax(1), general.softmax(1)
+    p = full.softmax(1)
+    q = general.softmax(1)
     l2 = kl = 0
     for i in range(4):
         for k in range(3):
             l2 += prior[y[i]] * (full[i, k] - general[i, k]) ** 2 / 4
             kl += prior[y[i]] * p[i, k] * (p[i, k] / q[i, k]).log() / 4
-    found = {kind: more_lt.more_loss(full, general, prior, y, kind).item()
-             for kind in ("l2", "mse", "kl")}
+    found = {
+        kind: more_lt.more_loss(full, general, prior, y, kind).item()
+        for kind in ("l2", "mse", "kl")
+    }
     assert found == pytest.approx({"l2": l2.item(), "mse": l2.item() / 3, "kl": kl.item()})
     weights = [more_lt.sinusoidal_weight(step, 10, 3.0) for step in (0, 5, 10)]
     assert weights == pytest.approx([0, 3.0, 0])
-
 
 def test_more_loss_of_several_labels_takes_their_mean_prior():
     torch.manual_seed(0)
@@ -942,7 +925,6 @@ def test_more_loss_of_several_labels_takes_their_mean_prior():
             kl += mean_prior * term / 5
     assert more_lt.more_loss(full, general, prior, y, "l2").item() == pytest.approx(l2.item())
     assert more_lt.more_loss(full, general, prior, y, "kl").item() == pytest.approx(kl.item())
-
 
 def test_single_label_losses_by_hand(logits):
     full, _, y, counts = logits
@@ -961,7 +943,6 @@ def test_single_label_losses_by_hand(logits):
     assert (weights * counts).sum() == pytest.approx(counts.sum())
     assert (np.diff(weights) > 0).all()
 
-
 def test_multi_label_losses_by_hand():
     """Each formula as its paper prints it, label by label in float64."""
     torch.manual_seed(0)
@@ -976,7 +957,7 @@ def test_multi_label_losses_by_hand():
             positive = bool(y[i, k])
             p = 1 / (1 + math.exp(-z[i, k]))
             q = max(p - 0.05, 0)
-            asl -= ((1 - p) * math.log(p) if positive else q ** 4 * math.log(1 - q)) / 20
+            asl -= ((1 - p) * math.log(p) if positive else q**4 * math.log(1 - q)) / 20
             pt = p if positive else 1 - p
             focal -= (1 - pt) ** 2 * math.log(pt) / 20
             weight = 0.1 + 1 / (1 + math.exp(-10 * ((1 / counts[k]) / repeat - 0.3)))
@@ -991,7 +972,6 @@ def test_multi_label_losses_by_hand():
     assert more_lt.asymmetric_loss(easy, y) < 1e-6
     assert more_lt.distribution_balanced_loss(easy, y, counts, total) < 1e-6
 
-
 def test_average_precision_and_f1_by_hand():
     scores = torch.tensor([[0.9, 0.5, 1.0], [0.8, 0.5, 2.0], [0.7, 0.5, 3.0], [0.6, 0.1, 4.0]])
     targets = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
@@ -1001,7 +981,6 @@ def test_average_precision_and_f1_by_hand():
     scores = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     found = more_lt.f1_scores(scores, torch.tensor([[1, 0], [1, 1]]))
     assert found == pytest.approx((100 * 2 * 2 / (3 + 3), 100 * 2 * 0.5 * 0.5 / 1))
-
 
 def test_more_run_learns_and_merges(more_run):
     losses = losses_of(more_run.out)
@@ -1013,7 +992,6 @@ def test_more_run_learns_and_merges(more_run):
     [merged] = networks_of(more_run.out)
     models.build_model("resnet20", 6).load_state_dict(merged, strict=True)
 
-
 def test_more_killed_and_resumed_is_an_unbroken_run(tiny, more_run, tmp_path, monkeypatch):
     flags = more_flags(tiny, tmp_path, "--resume")
     dying(monkeypatch, more_lt, "more_loss", 9)
@@ -1023,7 +1001,6 @@ def test_more_killed_and_resumed_is_an_unbroken_run(tiny, more_run, tmp_path, mo
     again = more_lt.main(flags)
     assert again["acc"] == more_run.result["acc"]
     assert same_networks(tmp_path, more_run.out)
-
 
 @pytest.mark.parametrize("flags", [
     "--no-more",
@@ -1040,7 +1017,6 @@ def test_each_value_of_mores_flags_runs(flags, tiny, tmp_path):
     assert (result["merged_max_abs_diff"] is None) == base
     assert (result["low_rank_share"] == {}) == base
 
-
 @pytest.mark.parametrize("flags", ["--loss bce --no-more", "--loss asl", "--loss db",
                                    "--loss focal --discrepancy kl"])
 def test_several_labels_end_to_end(flags, several, tmp_path, capsys):
@@ -1054,9 +1030,7 @@ def test_several_labels_end_to_end(flags, several, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         models.main([str(tmp_path / "model.pt"), str(tmp_path / "new.png")])
 
-
 # ----------------------------------------------------------------------- datasets as published
-
 
 class Layout:
     """Writes files of a published dataset below a folder."""
@@ -1084,7 +1058,6 @@ class Layout:
         objects = [f"<object><name>{escape(name)}</name></object>" for name in names]
         self.text(path, ["<a>", *objects, "</a>"])
 
-
 def test_voc_mlt_by_its_labels_or_by_vocs_annotations(tmp_path):
     layout = Layout(tmp_path)
     kit = "VOCdevkit/VOC20"
@@ -1105,7 +1078,6 @@ def test_voc_mlt_by_its_labels_or_by_vocs_annotations(tmp_path):
     layout.text("lists/img_id.txt", [f"id{c}" for c in range(20)])  # no labels there
     data = load_dataset("voc_mlt", tmp_path, lists=tmp_path / "lists")
     assert data.train.labels.tolist() == np.eye(20).tolist()
-
 
 def test_coco_mlt_by_its_labels_or_by_cocos_annotations(tmp_path):
     layout = Layout(tmp_path)
@@ -1131,9 +1103,9 @@ def test_coco_mlt_by_its_labels_or_by_cocos_annotations(tmp_path):
     data = load_dataset("coco_mlt", tmp_path, lists=tmp_path / "lists")
     assert data.train.labels.tolist() == [[0, 1], [1, 0]]
 
-
 def test_miml_by_its_matlab_file(tmp_path):
     from scipy.io import savemat
+
     Layout(tmp_path).photos(*[f"miml/images/{i + 1}.jpg" for i in range(20)])
     targets = np.eye(5)[:, np.arange(20) % 5]
     savemat(tmp_path / "miml" / "miml data.mat", {"targets": 2 * targets - 1})
@@ -1143,19 +1115,19 @@ def test_miml_by_its_matlab_file(tmp_path):
     number = int(Path(data.test.images[0]).stem)
     assert np.flatnonzero(data.test.labels[0]).tolist() == [(number - 1) % 5]
 
-
 def test_nuswide_scenes_by_their_published_files(tmp_path):
     layout = Layout(tmp_path)
     for part in ("Train", "Test"):
         layout.text(f"ImageList/{part}Imagelist.txt", [f"a\\{i}.jpg" for i in range(34)])
         for k, scene in enumerate(data_lt.SCENES):
-            layout.text(f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt",
-                        [str(int(i == k)) for i in range(34)])
+            layout.text(
+                f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt",
+                [str(int(i == k)) for i in range(34)],
+            )
     with pytest.raises(InputError, match="66 of 66 images are not there"):  # two have no scene
         load_dataset("nuswide_scene", tmp_path)
     layout.photos(*[f"Flickr/a/{i}.jpg" for i in range(34)])
     assert load_dataset("nuswide_scene", tmp_path).counts.tolist() == [1] * 33
-
 
 @pytest.mark.parametrize("name, message, listed", [
     ("voc_mlt", "unpack VOC 2012", True), ("coco_mlt", "unpack COCO", True),
@@ -1166,7 +1138,6 @@ def test_an_absent_dataset_is_one_line_that_says_where_it_belongs(name, message,
         Layout(tmp_path).text(file, ["1 0"])
     with pytest.raises(InputError, match=message):
         load_dataset(name, tmp_path / "nowhere", lists=tmp_path if listed else None)
-
 
 def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     layout = Layout(tmp_path)
@@ -1179,7 +1150,7 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     assert data.class_names == ["a", "a"]
     assert data.size == (32, 32)
     assert "lists 4 images, the published one 62,500" in said
-    assert "has 2 classes of 2..2 images, the published one 365 of 4980..5" in said
+    assert "has (2, 2, 2), the published one (365, 4980, 5) (classes, most and" in said
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
     with pytest.raises(InputError, match=r"3 of 12 images are not there, the first: .*a/2.jpg"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
@@ -1188,7 +1159,6 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     layout.json("train2018.json", {"images": [{"id": 7, "file_name": "a.jpg"}],
                                    "annotations": [{"image_id": 7, "category_id": 3}]})
     assert data_lt.read_list(tmp_path / "train2018.json") == (["a.jpg"], [[3]])
-
 
 @pytest.mark.skipif(not (DATA_ROOT / "lists").exists(), reason="no lists")
 @pytest.mark.parametrize("name, num_classes", [("voc_mlt", 20), ("coco_mlt", 80)])
@@ -1205,7 +1175,6 @@ def test_published_multi_label_lists(name, num_classes):
     found = [classes.tolist() for classes in data.groups.values()]
     assert found == [groups[g] for g in ("head", "middle", "tail")]
 
-
 @pytest.mark.skipif(not (DATA_ROOT / "lists").exists(), reason="no lists")
 def test_published_counts_are_those_of_the_lists():
     found = {}
@@ -1220,16 +1189,16 @@ def test_published_counts_are_those_of_the_lists():
     places = np.bincount(found["places_lt", "train"])
     file = DATA_ROOT / "lists" / "imagenet_lt" / "ImageNet_LT_train_counts.txt"
     imagenet = np.loadtxt(file, dtype=int)
-    for name, counts, sizes in (("places_lt", places, [131, 163, 71]),
-                                ("imagenet_lt", imagenet, [385, 479, 136])):
+    for name, counts, sizes in (
+        ("places_lt", places, [131, 163, 71]),
+        ("imagenet_lt", imagenet, [385, 479, 136]),
+    ):
         published = data_lt.PUBLISHED[name]
         assert (len(counts), counts.max(), counts.min()) == published["classes"]
         assert counts.sum() == published["train"][1]
         assert [len(classes) for classes in class_groups(counts).values()] == sizes
 
-
 # ------------------------------------------------------------------------------------ photographs
-
 
 def test_photographs_are_decoded_upright_in_8_bits_and_on_white(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
@@ -1252,7 +1221,6 @@ def test_photographs_are_decoded_upright_in_8_bits_and_on_white(tmp_path):
     assert pixels[5].min() > 250
     assert pixels[-5].max() < 5
 
-
 @pytest.fixture
 def photos(tmp_path):
     """A folder of photographs of two classes, 30 and 6 for training, of both orientations."""
@@ -1263,7 +1231,6 @@ def photos(tmp_path):
             pixels = (rng.integers(0, 100, shape) + 120 * c).astype(np.uint8)
             photograph(tmp_path / "photos" / part / f"class {c}" / f"{i}.png", pixels)
     return tmp_path / "photos"
-
 
 def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path):
     packed = tmp_path / "packed"
@@ -1284,22 +1251,28 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path):
     with pytest.raises(InputError, match="--size 64: .* holds images of 40 pixels"):
         load_dataset(str(packed), size=64)
 
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_photographs_train_in_both_scripts_and_new_ones_are_labelled(packed, photos, tmp_path):
     if packed:
         data_lt.pack(load_dataset(str(photos)), tmp_path / "packed", 40, 0)
-    flags = (f"--dataset {tmp_path / ('packed' if packed else 'photos')} --arch resnet20 --lr 0.02 "
-             "--batch-size 8 --device cpu --workers 0 --size 32 --warmup 0 --pretrained 0").split()
+    flags = (
+        f"--dataset {tmp_path / ('packed' if packed else 'photos')} --arch resnet20 --lr 0.02 "
+        "--batch-size 8 --device cpu --workers 0 --size 32 --warmup 0 --pretrained 0"
+    ).split()
     more_lt.main([*flags, "--out", f"{tmp_path}/more", *"--epochs 2 --amplitude 0.1".split()])
-    do_lt.main([*flags, "--out", f"{tmp_path}/do", *"--epochs 1 --tpd-iters 1 --tpd-steps 1 "
-                "--order medium,few --gamma 0.5".split()])
+    do_lt.main(
+        [
+            *flags,
+            "--out",
+            f"{tmp_path}/do",
+            *"--epochs 1 --tpd-iters 1 --tpd-steps 1 " "--order medium,few --gamma 0.5".split(),
+        ]
+    )
     for name in ("more", "do"):
         classifier = models.load_classifier(tmp_path / name / "model.pt")
         assert (classifier.size, classifier.resize) == ([32, 32], 40 if packed else 37)
         with pytest.raises(SystemExit, match="0"):
             models.main([str(tmp_path / name / "model.pt"), str(photos / "test")])
-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_number_of_processes_decodes_the_same_batches(workers, tmp_path):
@@ -1309,14 +1282,16 @@ def test_any_number_of_processes_decodes_the_same_batches(workers, tmp_path):
         photograph(tmp_path / f"{i}.png", rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
         paths.append(str(tmp_path / f"{i}.png"))
     split = data_lt.Split(np.array(paths, object), np.arange(6))
-    data = data_lt.Dataset("x", split, split, split, np.ones(6, int), list("abcdef"), "",
-                           (32, 32), 37, True)
+    data = data_lt.Dataset(
+        "x", split, split, split, np.ones(6, int), list("abcdef"), "", (32, 32), 37, True
+    )
     groups = [np.array([5, 0, 3]), np.array([1, 2, 4])]
     state = torch.get_rng_state()
-    one, other = Loader(data, CPU, 3, "strong"), Loader(data, CPU, 3, "strong", workers)
+    one = Loader(data, CPU, 3, "strong")
+    other = Loader(data, CPU, 3, "strong", workers)
     batches = list(one.batches(groups, [1]))
     assert torch.equal(torch.get_rng_state(), state)
-    assert [y.tolist() for _, y in batches] == [[5, 0, 3], [1, 2, 4]]
+    assert [y.tolist() for _, [(_, y)] in batches] == [[5, 0, 3], [1, 2, 4]]
     again = list(other.batches(groups, [1]))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, again))
     assert not torch.equal(batches[0][0], next(one.batches(groups, [2]))[0])
@@ -1324,7 +1299,6 @@ def test_any_number_of_processes_decodes_the_same_batches(workers, tmp_path):
     with pytest.raises(InputError, match=r"^[^\n]*3.png: cannot be read [^\n]*; replace or remo"):
         list(other.sources["test"].clean([np.arange(6)]))
     assert not multiprocessing.active_children()
-
 
 def test_a_script_that_leaves_in_mid_epoch_does_not_wait_for_its_decoders(tmp_path):
     for i in range(6):
@@ -1338,19 +1312,24 @@ def test_a_script_that_leaves_in_mid_epoch_does_not_wait_for_its_decoders(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=60)
     assert done.returncode == 4
 
-
 # ---------------------------------------------------- several processes, interruptions, devices
-
 
 @pytest.mark.parametrize("method", ["do", "more"])
 def test_two_processes_train(method, tiny, tmp_path):
     """Their draws are one process's, shared out; all end with the same network, whose log counts
     the whole batch."""
-    flags = {"do": do_flags(tiny, tmp_path, *"--epochs 1 --tpd-steps 2".split()),
-             "more": more_flags(tiny, tmp_path, *"--amplitude 0.1 --epochs 2".split())}[method]
+    flags = {
+        "do": do_flags(tiny, tmp_path, *"--epochs 1 --tpd-steps 2".split()),
+        "more": more_flags(tiny, tmp_path, *"--amplitude 0.1 --epochs 2".split()),
+    }[method]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, HERE / f"{method}_lt.py", *flags], capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [*launcher, HERE / f"{method}_lt.py", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     losses = losses_of(tmp_path)
@@ -1358,7 +1337,6 @@ def test_two_processes_train(method, tiny, tmp_path):
     assert losses[-1] < 3
     assert result["acc"]["all"] > 10
     assert done.stdout.count("result: ") == 1, "only process 0 prints"
-
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     last = tmp_path / "last.pt"
@@ -1373,17 +1351,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     assert last.read_bytes() == b"good"
     assert not (tmp_path / "last.pt.tmp").exists()
 
-
-STEP = SimpleNamespace(mixup=0.4, weight_decay=5e-4, discrepancy="l2", optimizer="sgd", lr=0.1,
-                       low_rank_decay=0.0, recipe="default")
+STEP = SimpleNamespace(weight_decay=5e-4, optimizer="sgd", lr=0.1, low_rank_decay=0.0,
+                       recipe="default")
 META = torch.device("meta")  # a tensor of another device raises, as a value that is asked for
-
 
 def meta_loader(dataset, aug="strong"):
     """Batches on the device "meta"."""
     stats = torch.zeros(3), torch.ones(3)
     return Loader(load_dataset(str(dataset)), META, 56, aug, stats=stats)
-
 
 @pytest.mark.parametrize("aug", ["strong", "basic"])
 def test_everything_in_dos_step_stays_on_the_device(aug, tiny):
@@ -1392,15 +1367,13 @@ def test_everything_in_dos_step_stays_on_the_device(aug, tiny):
     network = models.Network(model)
     optimizer = do_lt.make_optimizer(model, 0.1, STEP)
     groups = loader.draw(None, 0, 0)
-    sums = do_lt.train(network, optimizer, loader.batches(groups, [0]), [0.1] * 6,
-                       torch.zeros(6, device=META), do_lt.trainable_masks(model), STEP,
-                       np.random.default_rng(0))
+    batches = loader.batches(groups, [0], 0.4)
+    sums = do_lt.train(network, optimizer, batches, [0.1] * 6, torch.zeros(6, device=META), 5e-4)
     assert all(value.is_meta for value in sums)
     probs = torch.stack([loader.predict(network, "test", 2).softmax(2)] * 3)
     assert do_lt.instance_weights(probs[:, 1], probs[:, 2]).shape == (120, 3)
     with pytest.raises(Exception, match="meta"):
         sums[0].sum().item()
-
 
 @pytest.mark.parametrize("several_labels, loss", [(False, "bsce"), (True, "asl")])
 def test_everything_in_mores_step_stays_on_the_device(several_labels, loss, request):
@@ -1409,14 +1382,13 @@ def test_everything_in_mores_step_stays_on_the_device(several_labels, loss, requ
     network = more_lt.TwoPasses(models.Network(model), both=True)
     losses = [more_lt.base_loss(loss, loader.data, META)] * 2
     plan = [(0.1, 1.0, False)] * 6
-    sums = more_lt.train(network, more_lt.make_optimizer(model, STEP),
-                         loader.batches(loader.draw(None, 0, 0), [0]), plan, losses,
-                         torch.zeros(6, device=META), STEP, np.random.default_rng(0))
+    batches = loader.batches(loader.draw(None, 0, 0), [0], 0.4)
+    optimizer = more_lt.make_optimizer(model, STEP)
+    prior = torch.zeros(6, device=META)
+    sums = more_lt.train(network, optimizer, batches, plan, losses, prior, "l2")
     assert all(value.is_meta for value in sums)
 
-
 # -------------------------------------------------------------------------------------- bad input
-
 
 def faulty_npz():
     """{name: (what is changed in a good file, what the error says)}."""
@@ -1440,7 +1412,6 @@ def faulty_npz():
                     "test_labels": np.zeros(0, int)}, "test_labels is empty"),
     }
 
-
 @pytest.fixture(scope="session")
 def bad(tiny, tmp_path_factory):
     """A folder of bad input."""
@@ -1461,7 +1432,6 @@ def bad(tiny, tmp_path_factory):
         (folder / "lists" / f"Places_LT_{part}.txt").write_text("a/0.jpg 0\na/1.jpg 1\n")
         (folder / "lists" / f"iNaturalist18_{part}.txt").write_text("a/0.jpg -1\n")
     return folder
-
 
 BOTH_SCRIPTS = [
     ("--dataset cifar1000", "--dataset cifar1000: unknown"),
@@ -1503,7 +1473,6 @@ DO_ALONE = [
     ("DO --out {do} --resume --rho 0.6", "--rho was 0.7, now 0.6"),
 ]
 
-
 @pytest.mark.parametrize("script, flags, said", [
     *[(script, *case) for script in (do_lt, more_lt) for case in BOTH_SCRIPTS],
     *[(more_lt, *case) for case in MORE_ALONE],
@@ -1526,7 +1495,6 @@ def test_bad_input_is_one_line(script, flags, said, tiny, several, bad, do_run, 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "never").exists()
 
-
 @pytest.mark.parametrize("command, said", [
     (["do_lt.py", "--dataset", "cifar1000"], "error: --dataset cifar1000"),
     (["models.py", "no.pt", "x.png"], "error: no.pt: no such file"),
@@ -1537,7 +1505,6 @@ def test_errors_are_one_line_on_stderr_and_exit_code_2(command, said):
     assert done.returncode == 2
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
-
 
 @pytest.mark.parametrize("script, loss, flags", [
     (do_lt, "compensation_loss", do_flags), (more_lt, "more_loss", more_flags),
@@ -1559,28 +1526,27 @@ def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tin
     assert state["epoch"] == 1
     assert all(value.isfinite().all() for value in state["model"].values())
 
-
 # ------------------------------------------------------ one house: pieces to copy, tables, README
-
 
 DIFFER = {"settle", "train", "scored", "make_optimizer", "test_time", "show_report", "parse_args",
           "main"}
 
-
 def test_what_has_one_name_in_both_scripts_is_the_same_word_for_word():
-    own = lambda module: {name: inspect.getsource(value) for name, value in vars(module).items()
-                          if getattr(value, "__module__", "") == module.__name__}
-    do, more = own(do_lt), own(more_lt)
+    own = lambda module: {
+        name: inspect.getsource(value)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__
+    }
+    do = own(do_lt)
+    more = own(more_lt)
     shared = (do.keys() & more.keys()) - DIFFER
     assert len(shared) > 8
     assert [name for name in shared if do[name] != more[name]] == []
-
 
 def test_models_py_knows_no_runs():
     source = (HERE / "models.py").read_text()
     for module in ("json", "subprocess", "torch.distributed"):
         assert not re.search(rf"^(import|from) {module}\b", source, re.M)
-
 
 LIFTED = [  # pieces in an empty file with the others that they need, and what they must then do
     ("do_lt", "instance_weights agreement simplex_lattice",
@@ -1613,13 +1579,11 @@ from torch.nn.utils import parametrize
 from contextlib import contextmanager
 """
 
-
 @pytest.mark.parametrize("module, names, use", LIFTED)
 def test_pieces_can_be_lifted_out(module, names, use):
     module = sys.modules[module]
     pieces = [inspect.getsource(getattr(module, name)) for name in names.split()[::-1]]
     exec(compile("\n\n".join([HEAD, *pieces, use]), names, "exec"), {})
-
 
 @pytest.mark.parametrize("number, name", [
     (1, "stage_class_probs"), (2, "compensation_loss"), (3, "compensation_alpha"),
@@ -1627,7 +1591,6 @@ def test_pieces_can_be_lifted_out(module, names, use):
 ])
 def test_equations_carry_their_numbers(number, name):
     assert getattr(do_lt, name).__doc__.startswith(f"Eq. {number}:")
-
 
 def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
     """`make gpu`, tiny, the bench too; without CUDA and the switch it is one line and code 2."""
@@ -1645,14 +1608,12 @@ def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
         assert refused.returncode == 2
         assert refused.stderr.startswith("error: no CUDA")
 
-
 @pytest.fixture
 def table(monkeypatch):
     """The module .ci/table.py."""
     monkeypatch.syspath_prepend(str(HERE / ".ci"))
     import table
     return table
-
 
 def test_readme_tables_come_from_the_results(table):
     readme = (HERE / "README.md").read_text()
@@ -1661,16 +1622,21 @@ def test_readme_tables_come_from_the_results(table):
     gaps = table.differences([[1], [2], [3]], [[2], [4], [6]])
     assert gaps == ["+2.0 ± 2.5"]  # 1, 2, 3: 4.303 / sqrt(3)
 
-
 def test_accuracy_under_a_shifted_test_set_by_hand(table):
-    found = {shift: table.shifted([90, 30, 60.0], [500, 5, 50], shift)  # weights 1, 1/2, 1/4
-             for shift in ("forward:4", "uniform", "backward:4")}
-    assert found == pytest.approx({"forward:4": (90 + 60 / 2 + 30 / 4) / 1.75, "uniform": 60.0,
-                                   "backward:4": (90 / 4 + 60 / 2 + 30) / 1.75})
+    found = {
+        shift: table.shifted([90, 30, 60.0], [500, 5, 50], shift)  # weights 1, 1/2, 1/4
+        for shift in ("forward:4", "uniform", "backward:4")
+    }
+    assert found == pytest.approx(
+        {
+            "forward:4": (90 + 60 / 2 + 30 / 4) / 1.75,
+            "uniform": 60.0,
+            "backward:4": (90 / 4 + 60 / 2 + 30) / 1.75,
+        }
+    )
     partly = table.shifted([90, 30, None, 60.0], [4, 3, 2, 1], "forward:8")
     by_hand = (90 + 30 / 2 + 60 / 8) / (1 + 1 / 2 + 1 / 8)
     assert partly == pytest.approx(by_hand), "a class without test images counts for nothing"
-
 
 def test_readme_snippets_run_on_what_either_script_leaves(do_run, more_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

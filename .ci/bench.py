@@ -33,8 +33,8 @@ CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "
 AMX = "amx_bf16" in CPU
 CLASSES = 100
 RATE = 0.01
-RUN = SimpleNamespace(mixup=0.0, weight_decay=5e-4, recipe="default", discrepancy="mse",
-                      optimizer="sgd", lr=RATE, low_rank_decay=0.0)  # what the steps read of flags
+RUN = SimpleNamespace(weight_decay=5e-4, recipe="default", optimizer="sgd", lr=RATE,
+                      low_rank_decay=0.0)  # the flags that make_optimizer reads
 
 
 def measure(calls, device, rounds=5):
@@ -88,7 +88,7 @@ class Calls:
         self.loader = Loader(data, device, args.batch_size, "strong")
         rates = precision_rates(self.fresh(), size, device).tolist()
         self.precision = ("fp32", "bf16")[int(np.argmax(rates))]
-        self.x, self.y = next(self.loader.batches([np.arange(args.batch_size)], [0]))
+        self.batch = next(self.loader.batches([np.arange(args.batch_size)], [0]))
 
     def fresh(self):
         """The plain network, newly made."""
@@ -100,7 +100,7 @@ class Calls:
 
     def batches(self):
         """The same batch again and again."""
-        return [(self.x, self.y)] * self.args.steps
+        return [self.batch] * self.args.steps
 
     def bare(self, precision):
         """Forward, backward, optimiser step, nothing else."""
@@ -110,7 +110,7 @@ class Calls:
 
         def run():
             network.train()
-            for x, y in self.batches():
+            for x, [(_, y)] in self.batches():
                 loss = F.cross_entropy(network(x), y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -147,7 +147,6 @@ class Calls:
         if frozen:
             for layer in owned_layers(model).values():
                 layer.weight_owner.copy_(torch.rand_like(layer.weight) < 0.5)
-        masks = do_lt.trainable_masks(model) if frozen else {}
         optimizer = do_lt.make_optimizer(model, RATE, RUN)
         network = Network(model, self.precision)
         log_alpha = torch.zeros(CLASSES, device=self.device)
@@ -156,8 +155,8 @@ class Calls:
             batches = self.batches()
             if loop:
                 batches = self.loader.batches(self.loader.draw(None, 0, 0), [0])
-            sums = do_lt.train(network, optimizer, batches, [RATE] * self.args.steps, log_alpha,
-                               masks, RUN, np.random.default_rng(0))
+            rates = [RATE] * self.args.steps
+            sums = do_lt.train(network, optimizer, batches, rates, log_alpha, RUN.weight_decay)
             sums[-1].item()
         return run
 
@@ -171,8 +170,7 @@ class Calls:
 
         def run():
             plan = [(RATE, 1.0, False)] * self.args.steps
-            sums = more_lt.train(network, optimizer, self.batches(), plan, losses, prior, RUN,
-                                 np.random.default_rng(0))
+            sums = more_lt.train(network, optimizer, self.batches(), plan, losses, prior, "mse")
             sums[-1].item()
         return run
 
