@@ -449,18 +449,18 @@ class _Decoder(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(int(seed[0]))
             return self.transform(image)
 
-def decoded(paths, groups, transform, key=(0,), workers=0, pin=False):
-    """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `groups`.
+def decoded(paths, picks, transform, key=(0,), workers=0, pin=False):
+    """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `picks`.
 
     `workers` processes decode them (0: this one does). key: see _Decoder. Raises InputError for a
     file that cannot be read.
     """
-    rows = np.concatenate([[], *groups]).astype(int)
-    items = np.stack([np.arange(len(rows)), rows], 1)
-    batches = np.split(items, np.cumsum([len(group) for group in groups])[:-1])
+    flat = np.concatenate([[], *picks]).astype(int)
+    items = np.stack([np.arange(len(flat)), flat], 1)
+    batches = np.split(items, np.cumsum([len(rows) for rows in picks])[:-1])
     loader = torch.utils.data.DataLoader(
         _Decoder(paths, transform, key),
-        batch_sampler=batches if len(groups) else [],
+        batch_sampler=batches if len(picks) else [],
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),  # the global one stays as it is
@@ -544,12 +544,12 @@ class MemoryImages:
             x = x.pin_memory()
         return x.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
-    def clean(self, groups):
+    def clean(self, picks):
         """uint8 n x 3 x H x W of each index array, whole; of photographs the centre."""
-        for rows in groups:
+        for rows in picks:
             yield augment(self.take(rows), None, "none", self.crop)
 
-    def augmented(self, groups, key):
+    def augmented(self, picks, key):
         """The same, augmented. key: ints that fix the augmentation.
 
         Small images are augmented 16 batches at a time, since operations cost less in large
@@ -557,8 +557,8 @@ class MemoryImages:
         """
         at_once = 16 if self.small else 1
         start = 0
-        for i in range(0, len(groups), at_once):
-            some = groups[i : i + at_once]
+        for i in range(0, len(picks), at_once):
+            some = picks[i : i + at_once]
             rng = np.random.default_rng([*key, start, RANK])
             images = self.take(np.concatenate(some))
             x = augment(images, rng, self.aug, self.crop, 8 * at_once)
@@ -577,20 +577,20 @@ class DiskImages:
         self.centre = centre_view(data.size, data.resize)
         self.random = self.centre if aug == "none" else random_view(data.size)
 
-    def batches(self, groups, transform, key=(0,)):
+    def batches(self, picks, transform, key=(0,)):
         """The photographs of each index array, decoded and on the device."""
         pin = self.device.type == "cuda"
-        for x in decoded(self.paths, groups, transform, key, self.workers, pin):
+        for x in decoded(self.paths, picks, transform, key, self.workers, pin):
             yield x.to(self.device, non_blocking=True)
 
-    def clean(self, groups):
+    def clean(self, picks):
         """uint8 n x 3 x H x W of each index array: the centre."""
-        yield from self.batches(groups, self.centre)
+        yield from self.batches(picks, self.centre)
 
-    def augmented(self, groups, key):
+    def augmented(self, picks, key):
         """uint8 n x 3 x H x W of each index array, augmented."""
         start = 0
-        for x in self.batches(groups, self.random, [*key, RANK]):
+        for x in self.batches(picks, self.random, [*key, RANK]):
             if self.aug == "strong":
                 x = rand_augment(x, np.random.default_rng([*key, start, RANK]), 8)
             yield x
@@ -633,18 +633,18 @@ class Loader:
         sampler = ClassSampler(labels, class_probs, samples, seed, RANK, WORLD)
         return sampler.set_epoch(epoch).indices().reshape(steps, -1)
 
-    def batches(self, groups, key, alpha=0.0):
-        """Training batches (x, [(share, y), ..]) of the index arrays in `groups`: augmented, x
+    def batches(self, picks, key, alpha=0.0):
+        """Training batches (x, [(share, y), ..]) of the index arrays in `picks`: augmented, x
         normalised float n x 3 x H x W, y (n,) or n x K. alpha: see mixup. key: ints that fix what
         is random."""
         rng = np.random.default_rng([*key, RANK])
-        for images, rows in zip(self.sources["train"].augmented(groups, key), groups):
+        for images, rows in zip(self.sources["train"].augmented(picks, key), picks):
             x = normalize(images, self.mean, self.std)
             yield mixup(x, self.labels[to_device(rows, self.device)], alpha, rng)
 
-    def clean_batches(self, groups):
-        """Training images of the index arrays in `groups`, normalised but not augmented."""
-        for x in self.sources["train"].clean(groups):
+    def clean_batches(self, picks):
+        """Training images of the index arrays in `picks`, normalised but not augmented."""
+        for x in self.sources["train"].clean(picks):
             yield normalize(x, self.mean, self.std)
 
     @torch.no_grad()
@@ -660,8 +660,8 @@ class Loader:
         n = len(getattr(self.data, part))
         logits = torch.zeros(1 + views, n, self.data.num_classes, device=self.device)
         starts = range(RANK * source.batch, n, WORLD * source.batch)
-        groups = [np.arange(start, min(start + source.batch, n)) for start in starts]
-        for rows, images in zip(groups, source.clean(groups)):
+        picks = [np.arange(start, min(start + source.batch, n)) for start in starts]
+        for rows, images in zip(picks, source.clean(picks)):
             seen = [images]
             for view in range(1, 1 + views):
                 rng = np.random.default_rng([seed, 3, view, rows[0]])
@@ -969,9 +969,9 @@ def pack_folder(data, target, about, size, workers):
 
 def fill(images, paths, transform, workers, part):
     """Decode the photographs `paths` into the uint8 array `images` N x H x W x 3."""
-    groups = np.split(np.arange(len(paths)), range(256, len(paths), 256))
+    picks = np.split(np.arange(len(paths)), range(256, len(paths), 256))
     done = 0
-    for x in decoded(paths, groups if len(paths) else [], transform, workers=workers):
+    for x in decoded(paths, picks if len(paths) else [], transform, workers=workers):
         images[done : done + len(x)] = x.permute(0, 2, 3, 1).numpy()
         done += len(x)
         progress = f"{part} {done:,} of {len(paths):,}"

@@ -4,8 +4,12 @@
 
 One network is trained in stages, for many-, medium- and few-shot classes, each with its own draws
 and margin (CPO). After a stage a Taylor score decides which weights the stage keeps, frozen; the
-others start afresh in the next stage (TPD). The weights of stages 1..t are sub-model t. The
-sub-models answer together, mixed for each test image (test time).
+others are pruned and start afresh in the next stage (TPD). The weights of stages 1..t are sub-model
+t; the predictions of the sub-models are mixed for each test image (test time).
+
+Each weight has an owner (models.add_owner_masks): 0 is free and trained now, PRUNED is zero until
+the stage ends, t >= 1 is frozen for stage t. BatchNorm, biases and the last layer have no owner:
+they train on in every stage, and each stage keeps a copy of them for its sub-model.
 
     python do_lt.py --dataset synth                                  a minute on two CPU cores
     python do_lt.py --dataset cifar100 --imb 100 --data-root data    CIFAR-100-LT: expect 52.5 %
@@ -63,7 +67,7 @@ RECIPES = {
         batch_size=128,
         aug="strong",
         mixup=0.0,
-        rho=0.7,                # how strongly medium classes are drawn in their stage
+        rho=0.7,                # medium stage: draws and margin of medium classes, 1 - rho others
         gamma=[0.5, 0.8],       # share of the free weights that is pruned after each stage
         tpd_iters=20,           # retraining iterations after each of the pruning steps
         reinit=0.25,            # scale of the fresh weights over Kaiming's
@@ -105,12 +109,13 @@ def parse_args(argv=None):
     add("--weights", metavar="FILE",
         help="start from this state dict (a last layer of another shape starts afresh)")
     add("--epochs", type=several(number(int, 0)),
-        help="one per stage, as 100,50,50; 0: --weights names the stage1.pt of another run")
+        help="one per stage, as 100,50,50; 0 first: stage 1 was trained elsewhere, --weights names "
+             "that run's stage1.pt")
     add("--lr", type=several(number(above=0)), help="peak rate, one per stage")
     add("--schedule", choices=["cosine", "constant"], help="of the rate after stage 1")
     add("--warmup", type=number(least=0), help="epochs at the start over which the rate rises")
     add("--batch-size", type=number(int, 2), help="of all processes together")
-    add("--weight-decay", type=number(least=0), default=5e-4, help="of all weights")
+    add("--weight-decay", type=number(least=0), default=5e-4, help="of all parameters")
     add("--aug", choices=["strong", "basic", "none"], help="basic: crop, flip; strong: RandAugment")
     add("--mixup", type=number(least=0), help="alpha of mixup's Beta distribution; 0: none")
     add("--views", type=number(int, 2), default=2,
@@ -118,7 +123,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("method").add_argument
     add("--order", help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
-    add("--rho", type=share, help="how strongly medium classes are drawn in their stage")
+    add("--rho", type=share, help="draws and margin of medium classes in their stage")
     add("--gamma", type=lambda text: text if text == "auto" else several(share)(text),
         help="share pruned after each stage but the last, as 0.5,0.8; auto: measured")
     add("--few-sampling", choices=["balanced", "inverse"], default="balanced",
@@ -131,11 +136,11 @@ def parse_args(argv=None):
     add("--prune-classifier", type=int, choices=[0, 1],
         help="1: TPD ranks the last layer too; 0: each stage has its own")
     add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning, Eq. 4's dt")
-    add("--tpd-iters", type=number(int, 1), help="retraining iterations after each of them")
-    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of that retraining")
+    add("--tpd-iters", type=number(int, 1), help="retraining iterations after each pruning step")
+    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of the retraining")
     add("--reinit", type=number(least=0), help="scale of the fresh weights over Kaiming's")
     add("--agg", choices=["product", "instance", "group", "mean"],
-        help="the mixture that is reported; the paper's: instance")
+        help="the mixture that is reported, the paper's: instance (model.pt has the product)")
 
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=number(int, 0, below=2 ** 32), default=0,
@@ -167,13 +172,16 @@ def parse_args(argv=None):
             raise InputError(f"--{key}: {len(values)} values for --order {','.join(args.order)}; "
                              f"give {max(n, 1)}, or one for all")
         setattr(args, key, (values + values[-1:] * n)[:n])
+    if args.epochs[0] == 0 and not args.weights:
+        raise InputError("--epochs 0: stage 1 was trained elsewhere; give that run's stage1.pt as "
+                         "--weights")
     return args
 
 def recipe(args):
-    """{flag: value} of what was not given, from RECIPES.
+    """{flag: value} from RECIPES, for what was not given.
 
-    Where --order asks for another number of stages than the dataset's recipe has, what there is
-    one of per stage comes from "default".
+    Where --order asks for more stages than the dataset's recipe has, the lists of values per
+    stage come from "default".
     """
     name = recipe_name(args.dataset)
     args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
@@ -182,19 +190,19 @@ def recipe(args):
     published = {}
     if args.recipe == "paper":
         published = RECIPES["paper"]
-        if chosen["arch"] != "resnet32":
+        if chosen["arch"] in ("resnet50", "resnet152"):
             published = published | RECIPES["paper, photographs"]
         if name == "cifar100" and args.imb == 50:
             published = published | RECIPES["paper, cifar100 at ratio 50"]
     order = args.order or published.get("order") or chosen["order"]
-    if order.count(",") != chosen["order"].count(","):
+    if order.count(",") > chosen["order"].count(","):
         chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
     return chosen | published | {"order": order}
 
 def settle(args, data):
     """Fit the flags to the data; after this nothing changes them.
 
-    A stage without classes is left out, with its epochs, rate and gamma, but for a first "many",
+    A stage without classes is left out, with its epochs, rate and gamma, except a first "many",
     which then serves all classes. Raises InputError.
     """
     args.out = args.out or run_name("do", args)
@@ -215,7 +223,8 @@ def settle(args, data):
         args.gamma = gammas[:-1]
         return
     for name in args.order[:-1]:
-        if not np.isin(data.val.labels, stage_classes(data.counts, name)).any():
+        classes = stage_classes(data.counts, name)
+        if len(classes) and not np.isin(data.val.labels, classes).any():
             raise InputError(
                 "--gamma auto measures on validation images of each stage's classes; "
                 f"{name} has none"
@@ -290,7 +299,7 @@ def make_stages(args, data, device):
     for name, epochs, lr in zip(args.order, args.epochs, args.lr):
         classes = stage_classes(data.counts, name)
         if not len(classes):
-            classes = np.arange(data.num_classes)  # a first "many" of a dataset without such
+            classes = np.arange(data.num_classes)  # no class has over 100 images: "many" serves all
         probs = stage_class_probs(data.counts, name, args.rho, args.few_sampling)
         alpha = np.ones(data.num_classes)
         if args.loss == "compensation":
@@ -330,8 +339,10 @@ def train(network, optimizer, batches, rates, log_alpha, weight_decay):
         optimizer.zero_grad()
         loss.backward()
         for w in optimizer.param_groups[0]["params"]:
+            if w.grad is None:  # not used by the network
+                continue
             w.grad.add_(w.detach(), alpha=weight_decay)
-            if w in masks:
+            if w in masks:  # what has no owner trains whole
                 w.grad.mul_(masks[w])
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
@@ -365,8 +376,8 @@ def cpo(network, t, stage, loader, run):
         key = [args.seed, t, 1, epoch]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rates = learning_rates(stage.lr, epoch, stage.epochs, loader.steps, schedule, warmup)
-        groups = loader.draw(stage.probs, args.seed * 1000 + t, epoch)
-        batches = loader.batches(groups, key, args.mixup)
+        picks = loader.draw(stage.probs, args.seed * 1000 + t, epoch)
+        batches = loader.batches(picks, key, args.mixup)
         drawn, correct, loss = train(
             trained, optimizer, batches, rates, stage.log_alpha, args.weight_decay
         )
@@ -392,7 +403,7 @@ def taylor_importance(weights, class_losses, kind="taylor", generator=None):
 
     class_losses: iterable of scalars L_y, the loss averaged over images of one class y, each with
     its graph (a generator keeps one in memory at a time). "fisher": (dL_y/dw)^2 instead; "l1":
-    |w|; "random": uniform (from `generator`). These two look at no loss.
+    |w|; "random": uniform (from `generator`). The last two ignore class_losses.
     """
     if kind == "l1":
         return [w.detach().abs() for w in weights]
@@ -457,9 +468,9 @@ def prune_to(model, ratio, scores):
             layer.weight_owner[f] = torch.where(part, 0, PRUNED).to(torch.uint8)
             layer.weight.mul_(layer.weight_owner != PRUNED)
 
-def prune(network, before, ratio, t, stage, groups, loader, args):
+def prune(network, before, ratio, t, stage, picks, loader, args):
     """From ratio `before` to `ratio` in --tpd-steps steps (Eq. 4), with --tpd-iters retraining
-    iterations on the batches `groups` after each. BatchNorm's statistics are then those of the
+    iterations on the batches `picks` after each. BatchNorm's statistics are then those of the
     pruned network."""
     model = network.model
     dt = args.tpd_steps
@@ -488,13 +499,13 @@ def prune(network, before, ratio, t, stage, groups, loader, args):
             if "momentum_buffer" in optimizer.state[weight]:
                 optimizer.state[weight]["momentum_buffer"].mul_(mask)
         some = slice((step - 1) * iters, step * iters)
-        batches = loader.batches(groups[some], [*key, step], args.mixup)
+        batches = loader.batches(picks[some], [*key, step], args.mixup)
         _, _, loss = train(
             trained, optimizer, batches, rates[some], stage.log_alpha, args.weight_decay
         )
-        stop_unless_finite(loss, model, f"pruning after stage {t}")
+        stop_unless_finite(loss, model, f"pruning after stage {t}", "--tpd-lr")
     with torch.no_grad():
-        update_bn(loader.batches(groups[:40], [*key, 0]), network)
+        update_bn(loader.batches(picks[:40], [*key, 0]), network)
 
 def sweep_gamma(network, t, stage, loader, run):
     """--gamma auto: prune by 0, 10, .. 90 % and go back to the last ratio before the largest drop
@@ -520,12 +531,12 @@ def sweep_gamma(network, t, stage, loader, run):
     return gamma
 
 def claim(model, t):
-    """The free weights that are not pruned belong to stage t from now on."""
+    """The free weights belong to stage t from now on."""
     for layer in owned_layers(model).values():
         layer.weight_owner[layer.weight_owner == 0] = t
 
 def restart_free(model, scale, generator):
-    """Pruned weights become free again, with fresh values: Kaiming normal times `scale`."""
+    """Pruned weights become free, with fresh values: Kaiming normal times `scale`."""
     with torch.no_grad():
         for layer in owned_layers(model).values():
             pruned = layer.weight_owner == PRUNED
@@ -535,8 +546,8 @@ def restart_free(model, scale, generator):
             layer.weight_owner[pruned] = 0
 
 def tpd(network, t, stage, loader, run):
-    """Prune what stage t can do without, freeze the rest as its own, and start the pruned weights
-    afresh for the next stage. The last stage keeps all."""
+    """Prune what stage t can do without, freeze what remains as its own, and start the pruned
+    weights afresh for the next stage. The last stage keeps all."""
     args = run.args
     model = network.model
     if t < len(args.order):
@@ -545,8 +556,8 @@ def tpd(network, t, stage, loader, run):
         else:
             gamma = args.gamma[t - 1]
             n = args.tpd_steps * args.tpd_iters
-            groups = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n)
-            prune(network, 0.0, gamma, t, stage, groups, loader, args)
+            picks = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n)
+            prune(network, 0.0, gamma, t, stage, picks, loader, args)
         run.report.setdefault("gammas", []).append(gamma)
         print(
             f"TPD: {100 * gamma:.0f} % of the free weights pruned, by {args.importance} "
@@ -568,9 +579,10 @@ def simplex_lattice(T):
     return torch.tensor(points, dtype=torch.float64) / n
 
 def agreement(p1, p2, lattice):
-    """Cosine similarity of the mixtures' predictions for two views of each image, U x G.
+    """Cosine similarity of each mixture's predictions for two views of each image, U x G.
 
-    p1, p2: float64 T x U x K; lattice: G x T. It depends on T x T inner products alone.
+    p1, p2: float64, T sub-models x U images x K; lattice: G mixtures x T. It is computed from T x
+    T inner products, so no mixture of K probabilities is formed.
     """
     pairs = (lattice[:, :, None] * lattice[:, None]).flatten(1).T  # T^2 x G
 
@@ -580,7 +592,7 @@ def agreement(p1, p2, lattice):
 
     cosine = inner(p1, p2) / (inner(p1, p1) * inner(p2, p2)).sqrt().clamp_min(1e-12)
     uneven = (lattice - 1 / lattice.shape[1]).square().sum(1)
-    return cosine - 1e-9 * uneven  # nothing to choose by: equal weights
+    return cosine - 1e-9 * uneven  # ties go to equal weights
 
 def instance_weights(p1, p2):
     """Eq. 5: lambda of each test image, the mixture whose predictions for two views of the image
@@ -596,7 +608,8 @@ def instance_weights(p1, p2):
     return lattice[torch.cat(best)].float()
 
 def group_weights(p1, p2):
-    """The one lambda, (T,), with the best mean agreement over all images; see instance_weights."""
+    """The one lambda for the whole test set, (T,), with the best mean agreement; see
+    instance_weights."""
     lattice = simplex_lattice(len(p1)).to(p1.device)
     parts = zip(p1.double().split(4096, 1), p2.double().split(4096, 1))
     total = sum(agreement(a, b, lattice).sum(0) for a, b in parts)
@@ -682,9 +695,12 @@ def importance_by_group(network, loader, images):
     return result
 
 def mixtures(probs, weights, data):
-    """({name: log-probabilities N x K} of the four mixtures, lambda U x T of the instance
-    weights, lambda (T,) of the group). probs: T x V x N x K, view 0 clean; weights: of the
-    product. Predictions are means over all views; lambda comes from the first two random ones."""
+    """({name: log-probabilities N x K} of the four mixtures, lambda N x T of the instance
+    weights, lambda (T,) of the whole test set).
+
+    probs: T x V x N x K, view 0 clean; weights: of the product. Probabilities (in the product
+    their logarithms) are averaged over all views; lambda comes from the first two random views.
+    """
     counts = torch.tensor(data.counts, dtype=torch.float32, device=probs.device)
     mean = probs.mean(1)
     instance = instance_weights(probs[:, 1], probs[:, 2])
@@ -902,7 +918,8 @@ def run_name(method, args):
     """The default --out."""
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
-    return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}_seed{args.seed}"
+    paper = "_paper" * (args.recipe == "paper")
+    return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}{paper}_seed{args.seed}"
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is

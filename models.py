@@ -294,19 +294,23 @@ def submodel_state(model, t):
 # ----------------------------------------------------------------------- low-rank weights (MORE)
 
 class LowRank(nn.Module):
-    """W = W_g + B A as a parametrisation of a weight seen as out x (in * kh * kw).
+    """W = W_g + B A as a parametrisation of a weight out x in x k x k, in the layout that loralib
+    made usual for convolutions.
 
-    The rank is `ratio` times the smaller side. A is Kaiming, B zero, so that the network computes
+    B is (out k) x (r k), A is (r k) x (in k), their product viewed as the weight; the rank is r =
+    max(1, int(ratio * min(in, out))). k = 1 for linear weights and for kernels that are not
+    square, which belong to the inputs then. A is Kaiming normal, B zero: the network computes
     what it did.
     """
 
     def __init__(self, weight, ratio):
         super().__init__()
-        flat = weight.detach().flatten(1)
-        rank = max(1, round(ratio * min(flat.shape)))
-        self.A = nn.Parameter(flat.new_empty(rank, flat.shape[1]))
-        self.B = nn.Parameter(flat.new_zeros(flat.shape[0], rank))
-        nn.init.kaiming_uniform_(self.A, a=5 ** 0.5)
+        out, inputs, *kernel = weight.shape
+        k = kernel[0] if len(set(kernel)) == 1 else 1
+        rank = k * max(1, int(ratio * min(inputs, out)))
+        self.A = nn.Parameter(weight.new_empty(rank, weight.numel() // (out * k)))
+        self.B = nn.Parameter(weight.new_zeros(out * k, rank))
+        nn.init.kaiming_normal_(self.A)
         self.general = False  # general_only switches B A off
 
     def product(self, weight):
@@ -321,18 +325,23 @@ class LowRank(nn.Module):
         return weight - self.product(weight)
 
 def add_low_rank(model, ratio=0.1):
-    """Turn every conv and linear weight of any module (and attention's fused projection) into
-    W_g + B A; returns the model, which computes bit for bit what it did.
+    """Turn every conv and linear weight of a network (and attention's fused projection) but the
+    classifier's into W_g + B A; returns the model, which computes bit for bit what it did.
 
-    Draws A from the global torch generator. Source: MORE (Luo et al., NeurIPS 2025, arXiv
-    2510.08177), as known from secondary descriptions.
+    Weights are left alone where the factors would have as many parameters (depthwise
+    convolutions). Draws A from the global torch generator. Source: MORE (Luo et al., NeurIPS
+    2025, arXiv 2510.08177), as known from secondary descriptions.
     """
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MultiheadAttention)
-    for layer in [m for m in model.modules() if isinstance(m, kinds)]:
-        name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
-        weight = getattr(layer, name)
-        if weight is not None:
-            parametrize.register_parametrization(layer, name, LowRank(weight, ratio))
+    last = classifier_name(model)
+    layers = {name: (layer, "weight") for name, layer in weight_layers(model).items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+            layers[f"{name}.in_proj"] = (layer, "in_proj_weight")
+    for name, (layer, key) in layers.items():
+        weight = getattr(layer, key)
+        term = LowRank(weight, ratio)
+        if name != last and term.A.numel() + term.B.numel() < weight.numel():
+            parametrize.register_parametrization(layer, key, term)
     return model
 
 @contextmanager

@@ -66,6 +66,22 @@ RECIPES = {
         aug="strong",
         mixup=0.0,
         optimizer="sgd",
+        weight_decay=5e-4,
+        low_rank_decay=0.0,  # of A and B
+        discrepancy="mse",
+    ),
+    # What is known of the paper's recipe, on top of the dataset's; its augmentation is not known.
+    "paper": dict(
+        epochs=200,
+        lr=0.1,
+        warmup=0,
+        batch_size=256,
+        aug="strong",
+        mixup=0.0,
+        optimizer="sgd",
+        weight_decay=2e-4,
+        low_rank_decay=2e-4,
+        discrepancy="l2",
     ),
 }
 
@@ -86,12 +102,15 @@ def parse_args(argv=None):
     add("--pretrained", type=int, choices=[0, 1], help="1: download ImageNet weights to start from")
     add("--weights", metavar="FILE",
         help="start from this state dict (a last layer of another shape starts afresh)")
-    add("--optimizer", choices=["sgd", "adamw"], help="SGD with Nesterov momentum, or AdamW")
+    add("--recipe", choices=["default", "paper"], default="default",
+        help="paper: the values that are known of the paper's CIFAR recipe")
+    add("--optimizer", choices=["sgd", "adamw"],
+        help="SGD with momentum (Nesterov's, but not in the paper), or AdamW")
     add("--epochs", type=number(int, 1), help="passes over the training images")
     add("--lr", type=number(above=0), help="peak rate; cosine to 0")
     add("--warmup", type=number(least=0), help="epochs at the start over which the rate rises")
     add("--batch-size", type=number(int, 2), help="of all processes together")
-    add("--weight-decay", type=number(least=0), default=5e-4, help="of all weights")
+    add("--weight-decay", type=number(least=0), help="of all weights but A and B")
     add("--aug", choices=["strong", "basic", "none"], help="basic: crop, flip; strong: RandAugment")
     add("--mixup", type=number(least=0), help="alpha of mixup's Beta distribution; 0: none")
     add("--views", type=number(int, 2), default=2,
@@ -104,12 +123,12 @@ def parse_args(argv=None):
         help="A': times the classes it is the peak weight of the discrepancy loss; 0: no loss")
     add("--rank-ratio", type=number(above=0, most=1), default=0.1,
         help="rank of B A over the smaller side of a weight")
-    add("--discrepancy", choices=["l2", "mse", "kl"], default="mse",
+    add("--discrepancy", choices=["l2", "mse", "kl"],
         help="of the passes' logits: squared distance, the same as a mean over the logits, or KL")
     add("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight")
     add("--detach-general", action="store_true",
         help="no gradient through the general pass: cheaper")
-    add("--low-rank-decay", type=number(least=0), default=0.0, help="weight decay of A and B")
+    add("--low-rank-decay", type=number(least=0), help="weight decay of A and B")
 
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=number(int, 0, below=2 ** 32), default=0,
@@ -125,7 +144,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     name = recipe_name(args.dataset)
     args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
-    for key, value in (RECIPES["default"] | RECIPES.get(name, {})).items():
+    chosen = RECIPES["default"] | RECIPES.get(name, {})
+    if args.recipe == "paper":
+        chosen |= RECIPES["paper"]
+    for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     return args
@@ -258,7 +280,7 @@ def discrepancies(full, general, kind="mse", multi_label=False):
     if kind == "l2":
         return (full - general).square().sum(1)
     if kind == "mse":
-        return ((full - general).square() / full.shape[1]).sum(1)
+        return (full - general).square().mean(1)
     if multi_label:  # a sigmoid is a softmax over the logit and 0
         full, general = (torch.stack([z, torch.zeros_like(z)], 1) for z in (full, general))
     p = full.log_softmax(1)
@@ -298,18 +320,20 @@ class TwoPasses(nn.Module):
             return full, self.network(x)
 
 def make_optimizer(model, args):
-    """SGD with Nesterov momentum 0.9, or AdamW; the low-rank factors have a weight decay of their
-    own."""
+    """SGD with momentum 0.9 (Nesterov's, but not in the paper), or AdamW; A and B have a weight
+    decay of their own."""
     terms = [m for m in model.modules() if isinstance(m, LowRank)]
-    factors = [p for term in terms for p in (term.A, term.B)]
-    others = [p for p in model.parameters() if not any(p is factor for factor in factors)]
+    factors = [p for term in terms for p in term.parameters()]
+    known = set(factors)
+    others = [p for p in model.parameters() if p not in known]
     groups = [
         {"params": others, "weight_decay": args.weight_decay},
         {"params": factors, "weight_decay": args.low_rank_decay},
     ]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+    nesterov = args.recipe != "paper"
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=nesterov)
 
 def train(network, optimizer, batches, plan, losses, prior, discrepancy):
     """One step per batch of (x, [(share, labels), ..]). plan: per batch (learning rate, weight
@@ -410,8 +434,8 @@ def fit(network, loader, run):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         rates = learning_rates(args.lr, epoch, epochs, steps, "cosine", args.warmup)
         weights, deferred = loss_plan(epoch, epochs, steps, peak, args.schedule)
-        groups = loader.draw(probs, args.seed, epoch)
-        batches = loader.batches(groups, key, args.mixup)
+        picks = loader.draw(probs, args.seed, epoch)
+        batches = loader.batches(picks, key, args.mixup)
         plan = zip(rates, weights, deferred)
         drawn, correct, apart, loss, more = train(
             trained, optimizer, batches, plan, losses, prior, args.discrepancy
@@ -615,7 +639,8 @@ def run_name(method, args):
     """The default --out."""
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
-    return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}_seed{args.seed}"
+    paper = "_paper" * (args.recipe == "paper")
+    return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}{paper}_seed{args.seed}"
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is

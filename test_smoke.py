@@ -396,6 +396,8 @@ def test_networks_have_the_published_size_and_owners_beside_each_weight():
 def test_low_rank_weights_start_plain_and_merge_into_a_plain_network(arch, size):
     torch.manual_seed(0)
     model = models.build_model(arch, 5).eval()
+    last = model.get_submodule(models.classifier_name(model))
+    torch.nn.init.normal_(last.weight)  # some networks begin with zeros there
     x = torch.randn(2, 3, size, size)
     keys = set(model.state_dict())
     types = [type(m) for m in model.modules()]
@@ -419,6 +421,31 @@ def test_low_rank_weights_start_plain_and_merge_into_a_plain_network(arch, size)
     assert set(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == types
     models.build_model(arch, 5).load_state_dict(model.state_dict(), strict=True)
+
+@pytest.mark.parametrize("shape, a, b", [
+    ((64, 32, 3, 3), (9, 96), (192, 9)),  # rank 3, k = 3: A (r k) x (in k), B (out k) x (r k)
+    ((64, 32, 1, 1), (3, 32), (64, 3)),
+    ((64, 32, 1, 7), (3, 224), (64, 3)),  # not square: the kernel belongs to the inputs
+    ((40, 25), (2, 25), (40, 2)),
+    ((5, 7), (1, 7), (5, 1)),
+])
+def test_low_rank_factors_have_the_layout_of_the_sister_code(shape, a, b):
+    weight = torch.randn(shape)
+    term = models.LowRank(weight, 0.1)
+    assert (term.A.shape, term.B.shape) == (a, b)
+    torch.nn.init.normal_(term.B)
+    by_hand = weight + (term.B @ term.A).reshape(shape)
+    assert torch.allclose(term(weight), by_hand)
+    assert torch.allclose(term.right_inverse(by_hand), weight, atol=1e-5)
+
+def test_low_rank_weights_are_all_but_the_classifier_and_the_depthwise_ones():
+    model = models.add_low_rank(models.build_model("timm:tf_efficientnet_lite0", 5))
+    factored = {name for name, m in model.named_modules() if hasattr(m, "parametrizations")}
+    depthwise = {name for name, m in models.weight_layers(model).items()
+                 if isinstance(m, torch.nn.Conv2d) and m.groups > 1}
+    named = {name for name in models.weight_layers(model)}
+    assert len(depthwise) > 10
+    assert factored == named - depthwise - {"classifier"}
 
 @pytest.mark.parametrize("faster, seconds", [(0, [1, 1, 1, 2, 2, 2]), (1, [3, 3, 3, 9, 2, 2])])
 def test_precision_is_the_faster_one_measured_on_a_copy(faster, seconds, monkeypatch):
@@ -1008,6 +1035,7 @@ def test_more_killed_and_resumed_is_an_unbroken_run(tiny, more_run, tmp_path, mo
     "--amplitude 0",
     "--loss focal --discrepancy kl --optimizer adamw",
     "--loss ce --detach-general --precision bf16 --mixup 0.4",
+    "--recipe paper",
 ])
 def test_each_value_of_mores_flags_runs(flags, tiny, tmp_path):
     result = more_lt.main(more_flags(tiny, tmp_path, *"--epochs 1 --amplitude 0.1".split(),
@@ -1562,8 +1590,9 @@ LIFTED = [  # pieces in an empty file with the others that they need, and what t
      "assert len(ClassSampler([0, 0, 1], [0.5, 0.5], 8, 0).indices()) == 8"),
     ("more_lt", "more_loss discrepancies",
      "z = torch.rand(2, 3)\nassert more_loss(z, z, z[0], torch.tensor([0, 2])) == 0"),
-    ("models", "add_low_rank LowRank",
-     "assert hasattr(add_low_rank(nn.Linear(3, 4)), 'parametrizations')"),
+    ("models", "add_low_rank LowRank classifier_name weight_layers",
+     "net = add_low_rank(nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 4)))\n"
+     "assert hasattr(net[0], 'parametrizations') and not hasattr(net[1], 'parametrizations')"),
     ("models", "general_only LowRank",
      "net = nn.Linear(3, 4)\nwith general_only(net) as same:\n    assert same is net"),
     ("models", "merge_low_rank LowRank",
