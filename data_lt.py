@@ -10,6 +10,7 @@ Liu et al. (CVPR 2019). What people copy comes first: splits, draws, metrics. Th
 counts and leave the global random state alone.
 """
 import argparse
+import csv
 import json
 import math
 import os
@@ -45,6 +46,21 @@ def all_sum(tensor):
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+def find_device(name):
+    """The torch.device of a --device: auto, cpu, cuda, cuda:1; under torchrun each process has a
+    GPU of its own. Raises InputError when it is not available."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and name != "cpu":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
+                         "--device cpu") from None
+    return device
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or file, what is wrong and what to do.
@@ -240,6 +256,14 @@ def table(title, rows, columns, form=".1f"):
         found = [values[column] for column in columns]
         lines.append(line(label, ["-" if v is None else format(v, form) for v in found]))
     return "\n".join(lines)
+
+def show_table(folder, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
+    """Print a `table`, and draw it as FOLDER/NAME.png."""
+    print("\n" + table(title, rows, columns, form))
+    try:
+        write_file(folder / f"{name}.png", lambda tmp: draw_bars(tmp, title, rows, columns))
+    except ImportError:
+        print(f"no {name}.png: pip install matplotlib")
 
 def draw_bars(path, title, rows, columns):
     """The numbers of a `table` as bars, side by side for each column, in a PNG (matplotlib)."""
@@ -886,6 +910,14 @@ def write_file(path, write, keep_previous=False):
         raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room, "
                          "then run it again (with --resume)") from None
 
+def write_csv(path, head, rows):
+    """write_file of a .csv: the column names, then the rows."""
+    def write(tmp):
+        """One line per row."""
+        with open(tmp, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])
+    write_file(path, write)
+
 def read_checkpoint(path):
     """What torch.save wrote to `path`, on the CPU, or the one before it (*.prev) if it is damaged
     or gone; {} when there is neither. Raises InputError when none of them can be read."""
@@ -1441,6 +1473,19 @@ def load_from_flags(args):
         flush=True,
     )
     return data
+
+def add_system_arguments(parser):
+    """The flags of a run that do not belong to a method, the same in both scripts."""
+    add = parser.add_argument_group("system").add_argument
+    add("--seed", type=number(int, 0, below=2 ** 32), default=0,
+        help="of weights, draws and augmentation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster")
+    add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
+    add("--workers", type=number(int, 0), default=WORKERS,
+        help="processes that decode photographs, for each GPU")
+    add("--out", help="folder of the run (default runs/NAME)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
 
 def show_split(data):
     """Print a table of images by class group, and a histogram of training images per class."""

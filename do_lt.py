@@ -17,7 +17,6 @@ they train on in every stage, and each stage keeps a copy of them for its sub-mo
     python do_lt.py --dataset cifar100 --imb 100 --resume            go on after an interruption
     python models.py runs/NAME/model.pt PHOTOS                       label new photographs
 """
-import csv
 import json
 import math
 import os
@@ -34,14 +33,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
-from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, Loader,
-                     add_data_arguments, all_sum, argument_parser, draw_bars,
-                     expected_calibration_error, group_accuracy, group_means, load_from_flags,
-                     number, read_checkpoint, reading, recipe_name, run_script, several, table,
-                     write_file)
-from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, clock,
-                    keep_stage_rest, owned_layers, plain_state, precision_rates, submodel_state,
-                    network_stats, weight_layers)
+from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
+                     add_system_arguments, all_sum, argument_parser, expected_calibration_error,
+                     find_device, group_accuracy, group_means, load_from_flags, number,
+                     read_checkpoint, reading, recipe_name, run_script, several, show_table,
+                     write_csv, write_file)
+from models import (PRUNED, Classifier, Network, add_owner_masks, build_model,
+                    classifier_content, clock, keep_stage_rest, network_stats, owned_layers,
+                    plain_state, precision_rates, submodel_state, weight_layers)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -142,17 +141,7 @@ def parse_args(argv=None):
     add("--agg", choices=["product", "instance", "group", "mean"],
         help="the mixture that is reported, the paper's: instance (model.pt has the product)")
 
-    add = parser.add_argument_group("system").add_argument
-    add("--seed", type=number(int, 0, below=2 ** 32), default=0,
-        help="of weights, draws and augmentation")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster")
-    add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
-    add("--workers", type=number(int, 0), default=WORKERS,
-        help="processes that decode photographs, for each GPU")
-    add("--out", help="folder of the run (default runs/NAME)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-
+    add_system_arguments(parser)
     args = parser.parse_args(argv)
     given = {key for key, value in vars(args).items() if value is not None}
     for key, value in recipe(args).items():
@@ -815,27 +804,23 @@ def show_report(report, run):
     """The tables and figures of the paper, from this run."""
     test = report["test"]
     stages = {label: entry["acc"] for label, entry in report["submodels"].items()}
-    run.show("stages", "Clean test images (Table 7)", stages)
+    show_table(run.folder, "stages", "Clean test images (Table 7)", stages)
     rows = {}
     for t in range(len(test["alone"])):
         lam = test["lambda_by_group"]
         rows[f"sub-model {t + 1}"] = {g: lam[g] and lam[g][t] for g in GROUPS}
-    run.show(
-        "lambda_by_group", "Mean lambda of the instance weights (Table 9)", rows, GROUPS, ".2f"
-    )
-    run.show(
-        "importance_by_group",
-        "Mean Taylor importance of a weight (Fig. 1b)",
-        report["importance_by_group"],
-        GROUPS,
-        ".1e",
-    )
+    title = "Mean lambda of the instance weights (Table 9)"
+    show_table(run.folder, "lambda_by_group", title, rows, GROUPS, ".2f")
+    title = "Mean Taylor importance of a weight (Fig. 1b)"
+    rows = report["importance_by_group"]
+    show_table(run.folder, "importance_by_group", title, rows, GROUPS, ".1e")
     if "pruning_curve" in report:
         rows = {}
         for name, curve in report["pruning_curve"].items():
             rows[f"{name} classes"] = {f"{g:.0%}": accuracy for g, accuracy in curve}
         ratios = [f"{10 * g}%" for g in range(10)]
-        run.show("pruning_curve", "Validation accuracy by ratio pruned (Fig. 4)", rows, ratios)
+        title = "Validation accuracy by ratio pruned (Fig. 4)"
+        show_table(run.folder, "pruning_curve", title, rows, ratios)
     names = {
         "ce": "cross-entropy (stage 1)",
         "ce_la": "  + logit adjustment",
@@ -846,7 +831,7 @@ def show_report(report, run):
     rows |= {f"DO, {name}": accuracy for name, accuracy in test["aggregations"].items()}
     rows["oracle: routed by the true group"] = test["oracle_by_true_group"]
     rows["model.pt: the product, clean images alone"] = report["clean"]
-    run.show("accuracy_by_group", "Mean over the clean image and its views", rows)
+    show_table(run.folder, "accuracy_by_group", "Mean over the clean image and its views", rows)
     fitted = "fitted on validation images" if report["fitted"] else "not fitted"
     print(
         f"some sub-model is right: {test['at_least_one_right']:.1f} % of the images; weights of "
@@ -879,28 +864,19 @@ def main(argv=None):
     states, weights, bias = test_time(model, stages, loader, run)  # Eq. 5
 
     report = run.report
-    saved = what_predicts(args, loader, states, weights, bias)
-    report["clean"] = scored(evaluate(saved, loader), data.test, data)
+    saved = classifier_content(args.arch, loader, states, weights, bias)
+    classifier = Classifier(saved).to(device)
+    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
     show_report(report, run)
     return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
 
 def start(args):
-    """Set this process up; returns its torch.device. Joins torchrun's others through NCCL (CUDA)
-    or gloo (CPU); only process 0 prints. Raises InputError for an unavailable device or an
+    """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
+    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device or an
     indivisible batch."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1 and name != "cpu":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
-                         "--device cpu") from None
+    device = find_device(args.device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
     if device.type == "cuda":
@@ -1047,56 +1023,11 @@ class Run:
         row = row | {"img/s": images / seconds, "min left": left / 60}
         report["log"] = [*report["log"], row]
 
-        def write(tmp):
-            """One line per epoch."""
-            with open(tmp, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-                writer.writerows(report["log"])
-        write_file(self.folder / "log.csv", write)
+        write_csv(self.folder / "log.csv", list(row), [r.values() for r in report["log"]])
         if row["epoch"] == 1:
             print("".join(f" {name:>9}" for name in row))
-        print("".join(f" {short(value):>9}" for value in row.values()), flush=True)
-
-    def show(self, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
-        """Print rows {label: {column: number or None}} as a table; as bars they are NAME.png."""
-        print("\n" + table(title, rows, columns, form))
-        try:
-            write_file(self.folder / f"{name}.png",
-                       lambda tmp: draw_bars(tmp, title, rows, columns))
-        except ImportError:
-            print(f"no {name}.png: pip install matplotlib")
-
-def short(value):
-    """A number as the log shows it."""
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
-
-def what_predicts(args, loader, states, weights, bias):
-    """The content of model.pt: all that models.load_classifier needs. states: plain state dicts of
-    networks; weights: one per network; bias: (K,)."""
-    data = loader.data
-    return {
-        "arch": args.arch,
-        "class_names": data.class_names,
-        "size": list(data.size),
-        "resize": data.resize,
-        "mean": loader.mean.cpu(),
-        "std": loader.std.cpu(),
-        "multi_label": data.multi_label,
-        "weights": weights.cpu(),
-        "bias": bias.cpu(),
-        "networks": [{k: v.cpu() for k, v in state.items()} for state in states],
-    }
-
-def evaluate(saved, loader):
-    """Log-probabilities N x K of the test images, clean and once each, by the module that
-    models.load_classifier makes of model.pt."""
-    classifier = Classifier(saved).to(loader.device, memory_format=torch.channels_last)
-    return loader.predict(classifier.experts, "test")[0]
+        cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
+        print("".join(f" {cell:>9}" for cell in cells), flush=True)
 
 def finish(run, method, chosen, saved, loader):
     """Write model.pt and result.json: the figures `chosen` that the run reports, all that it

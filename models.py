@@ -9,7 +9,6 @@
     python models.py runs/NAME/model.pt PHOTO_OR_FOLDER ...    label photographs with it
 """
 import copy
-import csv
 import socket
 import sys
 import time
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (InputError, argument_parser, centre_view, decode, image_files, normalize,
-                     reading, run_script, write_file)
+from data_lt import (InputError, argument_parser, centre_view, decode, find_device, image_files,
+                     normalize, reading, run_script, write_csv)
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
@@ -422,6 +421,23 @@ class Classifier(nn.Module):
     def forward(self, images):
         return self.experts(normalize(images, self.mean, self.std))
 
+def classifier_content(arch, loader, states, weights, bias):
+    """The content of model.pt. states: plain state dicts of networks of the name `arch`; weights:
+    (T,); bias: (K,); loader: the data_lt.Loader that they were trained with."""
+    data = loader.data
+    return {
+        "arch": arch,
+        "class_names": data.class_names,
+        "size": list(data.size),
+        "resize": data.resize,
+        "mean": loader.mean.cpu(),
+        "std": loader.std.cpu(),
+        "multi_label": data.multi_label,
+        "weights": weights.cpu(),
+        "bias": bias.cpu(),
+        "networks": [{k: v.cpu() for k, v in state.items()} for state in states],
+    }
+
 def load_classifier(path):
     """The Classifier in a model.pt, on the CPU and in evaluation mode. Raises InputError."""
     with reading(path, "give the model.pt that do_lt.py or more_lt.py wrote"):
@@ -462,13 +478,9 @@ def main(argv=None):
     parser.add_argument("model", help="model.pt of a run")
     parser.add_argument("photos", nargs="+", help="photographs, or folders of them")
     parser.add_argument("--csv", metavar="FILE", help="write the rows into a file as well")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args(argv)
-    classifier = load_classifier(args.model)
-    try:
-        classifier.to(args.device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {args.device} is not available; take cpu") from None
+    classifier = load_classifier(args.model).to(find_device(args.device))
     paths = []
     for path in args.photos:
         paths += image_files(path) if Path(path).is_dir() else [path]
@@ -482,12 +494,8 @@ def main(argv=None):
         rows.append([path, *answer(probs, classifier.class_names, classifier.multi_label)])
         print("  ".join(rows[-1]), flush=True)
 
-    def write(tmp):
-        """The rows with a header."""
-        with open(tmp, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, *rows])
     if args.csv:
-        write_file(args.csv, write)
+        write_csv(args.csv, head, rows)
     sys.exit(1 if len(rows) < len(paths) else 0)
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ full paper; the equations follow secondary descriptions.
     python more_lt.py --dataset cifar100 --imb 100 --loss bsce --resume     go on
     python models.py runs/NAME/model.pt PHOTOS                        label new photographs
 """
-import csv
 import json
 import math
 import os
@@ -31,13 +30,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORKERS, WORLD, InputError, Loader,
-                     add_data_arguments, all_sum, argument_parser, draw_bars,
-                     expected_calibration_error, group_accuracy, group_means, listed,
-                     load_from_flags, number, read_checkpoint, recipe_name, run_script, table,
-                     write_file)
-from models import (Classifier, LowRank, Network, add_low_rank, build_model, clock, general_only,
-                    merge_low_rank, plain_state, precision_rates, network_stats)
+from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
+                     add_system_arguments, all_sum, argument_parser, expected_calibration_error,
+                     find_device, group_accuracy, group_means, listed, load_from_flags, number,
+                     read_checkpoint, recipe_name, run_script, show_table, write_csv, write_file)
+from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
+                    clock, general_only, merge_low_rank, network_stats, plain_state,
+                    precision_rates)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -130,17 +129,7 @@ def parse_args(argv=None):
         help="no gradient through the general pass: cheaper")
     add("--low-rank-decay", type=number(least=0), help="weight decay of A and B")
 
-    add = parser.add_argument_group("system").add_argument
-    add("--seed", type=number(int, 0, below=2 ** 32), default=0,
-        help="of weights, draws and augmentation")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster")
-    add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
-    add("--workers", type=number(int, 0), default=WORKERS,
-        help="processes that decode photographs, for each GPU")
-    add("--out", help="folder of the run (default runs/NAME)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-
+    add_system_arguments(parser)
     args = parser.parse_args(argv)
     name = recipe_name(args.dataset)
     args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
@@ -559,7 +548,8 @@ def show_report(report, run):
     rows["model.pt: clean images"] = report["clean"]
     multi_label = "of1" in rows["test"]
     columns = (*GROUPS, "all", *(("of1", "cf1") if multi_label else ("ece",)))
-    run.show("accuracy_by_group", "mAP, %" if multi_label else "Top-1, %", rows, columns)
+    title = "mAP, %" if multi_label else "Top-1, %"
+    show_table(run.folder, "accuracy_by_group", title, rows, columns)
     if report["merged_max_abs_diff"] is None:
         return
     log = [row for row in report["log"] if "L_MORE" in row]
@@ -568,9 +558,8 @@ def show_report(report, run):
         for row in log[:: max(1, len(log) // 6)]
     }
     rows["at the end, fp32"] = report["discrepancy_by_group"]
-    run.show(
-        "discrepancy_by_group", "Discrepancy of the full and the general pass", rows, GROUPS, ".3g"
-    )
+    title = "Discrepancy of the full and the general pass"
+    show_table(run.folder, "discrepancy_by_group", title, rows, GROUPS, ".3g")
     shares = [f"{name} {share:.3f}" for name, share in report["low_rank_share"].items()]
     print(f"|BA| / |W_g| by layer: {'  '.join(shares)}")
     difference = report["merged_max_abs_diff"]
@@ -598,9 +587,11 @@ def main(argv=None):
     test_time(network, loader, run)
 
     report = run.report
+    states = [plain_state(model)]
     no_bias = torch.zeros(data.num_classes)
-    saved = what_predicts(args, loader, [plain_state(model)], torch.ones(1), no_bias)
-    report["clean"] = scored(evaluate(saved, loader), data.test, data)
+    saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
+    classifier = Classifier(saved).to(device)
+    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
     show_report(report, run)
     method = "base" if args.no_more else "more"
     return finish(run, method, report["results"]["test"], saved, loader)
@@ -608,20 +599,10 @@ def main(argv=None):
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
 
 def start(args):
-    """Set this process up; returns its torch.device. Joins torchrun's others through NCCL (CUDA)
-    or gloo (CPU); only process 0 prints. Raises InputError for an unavailable device or an
+    """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
+    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device or an
     indivisible batch."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1 and name != "cpu":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
-                         "--device cpu") from None
+    device = find_device(args.device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
     if device.type == "cuda":
@@ -768,56 +749,11 @@ class Run:
         row = row | {"img/s": images / seconds, "min left": left / 60}
         report["log"] = [*report["log"], row]
 
-        def write(tmp):
-            """One line per epoch."""
-            with open(tmp, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-                writer.writerows(report["log"])
-        write_file(self.folder / "log.csv", write)
+        write_csv(self.folder / "log.csv", list(row), [r.values() for r in report["log"]])
         if row["epoch"] == 1:
             print("".join(f" {name:>9}" for name in row))
-        print("".join(f" {short(value):>9}" for value in row.values()), flush=True)
-
-    def show(self, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
-        """Print rows {label: {column: number or None}} as a table; as bars they are NAME.png."""
-        print("\n" + table(title, rows, columns, form))
-        try:
-            write_file(self.folder / f"{name}.png",
-                       lambda tmp: draw_bars(tmp, title, rows, columns))
-        except ImportError:
-            print(f"no {name}.png: pip install matplotlib")
-
-def short(value):
-    """A number as the log shows it."""
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
-
-def what_predicts(args, loader, states, weights, bias):
-    """The content of model.pt: all that models.load_classifier needs. states: plain state dicts of
-    networks; weights: one per network; bias: (K,)."""
-    data = loader.data
-    return {
-        "arch": args.arch,
-        "class_names": data.class_names,
-        "size": list(data.size),
-        "resize": data.resize,
-        "mean": loader.mean.cpu(),
-        "std": loader.std.cpu(),
-        "multi_label": data.multi_label,
-        "weights": weights.cpu(),
-        "bias": bias.cpu(),
-        "networks": [{k: v.cpu() for k, v in state.items()} for state in states],
-    }
-
-def evaluate(saved, loader):
-    """Log-probabilities N x K of the test images, clean and once each, by the module that
-    models.load_classifier makes of model.pt."""
-    classifier = Classifier(saved).to(loader.device, memory_format=torch.channels_last)
-    return loader.predict(classifier.experts, "test")[0]
+        cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
+        print("".join(f" {cell:>9}" for cell in cells), flush=True)
 
 def finish(run, method, chosen, saved, loader):
     """Write model.pt and result.json: the figures `chosen` that the run reports, all that it

@@ -491,6 +491,7 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
     for i in range(3):
         photograph(tmp_path / "new" / f"{i}.jpg", rng.integers(0, 256, (30, 40, 3), np.uint8))
     files = [str(tmp_path / "new" / f"{i}.jpg") for i in range(3)]
+    capsys.readouterr()  # what the runs said
     with pytest.raises(SystemExit) as ended:
         models.main(
             [str(out / "model.pt"), str(tmp_path / "new"), "--csv", str(tmp_path / "x.csv")]
