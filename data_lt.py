@@ -11,11 +11,15 @@ counts and leave the global random state alone.
 """
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -632,6 +636,9 @@ class Loader:
         self.data = data
         self.device = device
         self.batch_size = min(batch_size, len(data.train) // WORLD * WORLD)
+        if not self.batch_size:
+            raise InputError(f"{data.source}: {len(data.train)} training images are too few for "
+                             f"{WORLD} processes")
         self.steps = len(data.train) // self.batch_size  # whole batches that the images make up
         mean, std = stats or channel_stats(data.train.images)
         self.mean = mean.to(device)
@@ -680,6 +687,9 @@ class Loader:
         work and all get the whole.
         """
         network.eval()
+        if WORLD > 1:  # on CPUs the statistics of BatchNorm differ between processes
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
         source = self.sources[part]
         n = len(getattr(self.data, part))
         logits = torch.zeros(1 + views, n, self.data.num_classes, device=self.device)
@@ -693,6 +703,47 @@ class Loader:
             found = network(normalize(torch.cat(seen), self.mean, self.std))
             logits[:, rows[0] : rows[-1] + 1] = found.view(1 + views, len(rows), -1)
         return all_sum(logits)
+
+def common_folder(paths):
+    """The folder below which all photographs lie."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+
+def fingerprint(data):
+    """What identifies a dataset's training images, wherever they lie: class names, counts, labels,
+    and of photographs their paths below a common folder, of arrays a hash of at most 1,000."""
+    images = data.train.images
+    if on_disk(images):
+        root = common_folder(images)
+        listing = [os.path.relpath(os.path.abspath(path), root) for path in images]
+    else:
+        some = np.ascontiguousarray(images[::max(1, len(images) // 1000)])
+        listing = [hashlib.sha256(some).hexdigest()]
+    return {"class_names": data.class_names, "counts": data.counts.tolist(),
+            "labels": torch.from_numpy(data.train.labels), "images": listing}
+
+def restore_images(data, saved, run):
+    """Give the data the training images of a checkpoint's fingerprint. Photographs that are gone
+    are named and left out. Raises InputError when the data are others."""
+    found = fingerprint(data)
+    if saved["class_names"] != found["class_names"]:
+        raise InputError(f"{run} is of a run on other classes; give another --out")
+    if not on_disk(data.train.images):
+        same = torch.equal(saved["labels"], found["labels"]) and saved["images"] == found["images"]
+        if not same:
+            raise InputError(f"{run} is of a run on other training images; give another --out")
+        return
+    root = common_folder(data.train.images)
+    paths = np.array([os.path.join(root, path) for path in saved["images"]], dtype=object)
+    there = np.array([os.path.exists(path) for path in paths])
+    if there.mean() < 0.5:
+        raise InputError(f"{run} is of a run on other photographs: {(~there).sum():,} of "
+                         f"{len(paths):,} are not below {root}; give another --out")
+    if not there.all():
+        gone = paths[~there]
+        print(f"warning: {len(gone):,} training images of this run are gone and left out: "
+              f"{', '.join(gone[:5])}{' ..' if len(gone) > 5 else ''}")
+    data.train = Split(paths[there], saved["labels"].numpy()[there])
+    data.counts = np.array(saved["counts"])
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
@@ -722,6 +773,11 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     train = splits["train"]
     val = splits.get("val", Split(train.images[:0], train.labels[:0]))
     counts = class_counts(train.labels, len(class_names))
+    untested = int((class_counts(splits["test"].labels, len(class_names)) == 0).sum())
+    if untested:
+        print(f"warning: {untested} of {len(class_names)} classes have no test image")
+    if on_disk(train.images) and RANK == 0:
+        check_photographs([path for split in splits.values() for path in split.images])
     shown = image_size(source, train.images, size, arrays.get("photographs", False))
     name = str(arrays.get("name", name))
     return Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
@@ -737,9 +793,9 @@ def read_dataset(name, root, lists, split_seed):
     if (path / "train_images.npy").is_file():
         return {"source": path} | read_packed(path)
     if path.is_dir():
-        return {"source": path} | read_folder(path)
+        return {"source": path} | read_folder(path, split_seed)
     raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz or "
-                     "a folder with train/ and test/")
+                     "a folder of photographs")
 
 def recipe_name(dataset):
     """The name whose recipe a --dataset has: its own; what was packed; "default" for another
@@ -814,6 +870,9 @@ def check_arrays(source, arrays):
         check_labels(source, part, labels[part], len(images), len(names), several)
         kind = np.uint8 if several else np.int64
         splits[part] = Split(images, labels[part].astype(kind))
+    if several and (splits["train"].labels.sum(1) == 1).all():
+        print(f"note: {source} marks exactly one label per image and is taken as several labels; "
+              "to train with one label, store class numbers")
     counts = class_counts(splits["train"].labels, len(names))
     if counts.min() == 0:
         raise InputError(
@@ -967,9 +1026,10 @@ def pack_file(data, target, about, workers):
         arrays[f"{part}_images"] = split.images
         if on_disk(split.images):
             about["photographs"] = False  # cut to what the network sees
-            images = np.empty((len(split), *data.size, 3), np.uint8)
-            fill(images, split.images, centre_view(data.size, data.resize), workers, part)
-            arrays[f"{part}_images"] = images
+            transform = centre_view(data.size, data.resize)
+            parts = list(decoded_pixels(split.images, transform, workers, part))
+            empty = np.zeros((0, *data.size, 3), np.uint8)
+            arrays[f"{part}_images"] = np.concatenate([empty, *parts])
     arrays |= {key: np.array(value) for key, value in about.items()}
 
     def write(tmp):
@@ -978,37 +1038,55 @@ def pack_file(data, target, about, workers):
             for key, array in arrays.items():
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
-
     write_file(target, write)
 
 def pack_folder(data, target, about, size, workers):
     """`pack` into a folder of .npy files."""
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "about.json").unlink(missing_ok=True)  # written last: it marks a whole pack
-    for part in ("train", "val", "test"):
-        split = getattr(data, part)
-        np.save(target / f"{part}_labels.npy", split.labels)
-        if not on_disk(split.images):
-            np.save(target / f"{part}_images.npy", split.images)
-            continue
-        tmp = target / f"{part}_images.tmp"
-        shape = (len(split), size, size, 3)
-        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
-        fill(images, split.images, centre_view((size, size), size), workers, part)
-        images.flush()
-        tmp.replace(target / f"{part}_images.npy")
+    splits = {part: getattr(data, part) for part in ("train", "val", "test")}
+    needed = 0
+    for split in splits.values():
+        each = size * size * 3 if on_disk(split.images) else split.images[:1].nbytes
+        needed += each * len(split)
+    with reading(target, "give a folder that can be written as --pack"):
+        target.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target).free
+        if free < needed:
+            raise InputError(f"--pack {target}: needs {needed / 2 ** 30:.1f} GiB, of which "
+                             f"{free / 2 ** 30:.1f} are free; make room")
+        (target / "about.json").unlink(missing_ok=True)  # written last: it marks a whole pack
+    for part, split in splits.items():
+        write_file(target / f"{part}_labels.npy", partial(save_array, array=split.labels))
+        if on_disk(split.images):
+            transform = centre_view((size, size), size)
+            shape = (len(split), size, size, 3)
+            parts = decoded_pixels(split.images, transform, workers, part)
+            write_file(target / f"{part}_images.npy", partial(save_parts, shape=shape, parts=parts))
+        else:
+            write_file(target / f"{part}_images.npy", partial(save_array, array=split.images))
     write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
 
-def fill(images, paths, transform, workers, part):
-    """Decode the photographs `paths` into the uint8 array `images` N x H x W x 3."""
+def save_array(path, array):
+    """An array as .npy, whatever the name of the file."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+def save_parts(path, shape, parts):
+    """A uint8 array of `shape` as .npy, part by part."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.tobytes())
+
+def decoded_pixels(paths, transform, workers, name):
+    """The photographs `paths` as uint8 arrays n x H x W x 3, with progress."""
     picks = np.split(np.arange(len(paths)), range(256, len(paths), 256))
     done = 0
     for x in decoded(paths, picks if len(paths) else [], transform, workers=workers):
-        images[done : done + len(x)] = x.permute(0, 2, 3, 1).numpy()
         done += len(x)
-        progress = f"{part} {done:,} of {len(paths):,}"
-        print(f"\r{progress}", end="", flush=True)
-    print()
+        end = "\n" if done == len(paths) else ""
+        print(f"\r{name} {done:,} of {len(paths):,}", end=end, flush=True)
+        yield x.permute(0, 2, 3, 1).contiguous().numpy()
 
 def read_about(folder):
     """What `pack` wrote about a folder: name, photographs, class_names. Raises InputError."""
@@ -1048,40 +1126,106 @@ def read_cifar(name, root, lists=None, split_seed=0):
             "test_images": test.data, "test_labels": test.targets}
 
 IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-def image_files(folder):
-    """Paths of the images below a folder, sorted. Names with a dot in front are ignored."""
+def image_files(folder, skipped=None):
+    """Paths of the images below a folder, sorted. Names with a dot in front are ignored; other
+    files are counted by suffix in the Counter `skipped`."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+        for name in sorted(name for name in files if not name.startswith(".")):
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(os.path.join(parent, name))
+            elif skipped is not None:
+                skipped[Path(name).suffix.lower() or name] += 1
     return found
 
-def read_folder(path):
-    """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*). Raises InputError."""
-    parts = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
-    if "train" not in parts or len(parts) == 1:
-        raise InputError(
-            f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has "
-            f"{[*parts] or 'neither'}"
-        )
-    if "test" not in parts:  # report on val/, tune on what the long-tailed draw leaves out
-        parts["test"] = parts.pop("val")
-    names = class_folders(parts["train"])
+def read_folder(path, split_seed=0):
+    """A folder with train/CLASS/* and test/CLASS/* (and val/, valid/ or validation/), or a flat
+    one, CLASS/*, which is split. Raises InputError."""
+    skipped = Counter()
+    places = {part: path / name for name, part in PARTS.items() if (path / name).is_dir()}
+    if places:
+        names, files = read_parts(path, places, skipped)
+    else:
+        names, files = split_flat_folder(path, split_seed, skipped)
+    if skipped:
+        kinds = ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5))
+        print(f"{path}: {sum(skipped.values())} files skipped ({kinds}); convert photographs among "
+              "them to JPEG or PNG")
+    return as_arrays(files, names)
+
+def read_parts(path, places, skipped):
+    """(class names, {part: (paths, labels)}) of a folder with train/ and test/ or val/."""
+    if "train" not in places or len(places) == 1:
+        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has "
+                         f"{', '.join(places)}")
+    if "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
+        places["test"] = places.pop("val")
+    names = class_folders(places["train"])
     files = {}
-    for part, place in parts.items():
+    for part, place in places.items():
         unknown = [name for name in class_folders(place) if name not in names]
         if unknown:
             raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
-        found = [image_files(place / name) for name in names]
-        if part == "train" and not all(found):
-            empty = names[[len(f) for f in found].index(0)]
-            raise InputError(f"{place / empty}: no image in it; every class folder needs some")
-        labels = np.repeat(np.arange(len(names)), [len(f) for f in found])
-        files[part] = [file for f in found for file in f], labels
-    return as_arrays(files, names)
+        found = [image_files(place / name, skipped) for name in names]
+        sizes = [len(paths) for paths in found]
+        if part == "train" and 0 in sizes:
+            empty = place / names[sizes.index(0)]
+            raise InputError(f"{empty}: no image in it; every class folder needs some")
+        paths = [file for paths in found for file in paths]
+        files[part] = paths, np.repeat(np.arange(len(names)), sizes)
+    return names, files
+
+def split_flat_folder(path, split_seed, skipped):
+    """(class names, {part: (paths, labels)}) of a folder CLASS/*, drawn per class by split_seed:
+    20 % test images, at least one, 10 % validation and 70 % training images. Classes that would
+    be few-shot keep their validation images for training."""
+    names = class_folders(path)
+    rng = np.random.RandomState(split_seed)
+    files = {part: ([], []) for part in ("train", "val", "test")}
+    for c, name in enumerate(names):
+        found = image_files(path / name, skipped)
+        n = len(found)
+        if n < 2:
+            raise InputError(f"{path / name}: {n} images; a class needs one to train on and one to "
+                             "test on")
+        found = [found[i] for i in rng.permutation(n)]
+        tests = max(1, n // 5)
+        vals = n // 10 if n - tests - n // 10 >= 20 else 0
+        for part, some in (
+            ("test", found[:tests]),
+            ("val", found[tests:tests + vals]),
+            ("train", found[tests + vals:]),
+        ):
+            files[part][0].extend(sorted(some))
+            files[part][1].extend([c] * len(some))
+    print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
+          "training, 10 % validation, 20 % test images (at least one; small classes keep the rest)")
+    return names, files
+
+def check_photographs(paths):
+    """Open the headers of all photographs, in parallel and with progress. Raises InputError with
+    the number of those that cannot be read, and the first."""
+    def broken(path):
+        """What is wrong with a file, or None."""
+        try:
+            with Image.open(path):
+                return None
+        except Exception as error:  # a garbled file fails in a dozen ways
+            return type(error).__name__
+    bad = []
+    with ThreadPoolExecutor(16) as pool:
+        for done, reason in enumerate(pool.map(broken, paths), 1):
+            if reason:
+                bad.append(f"{paths[done - 1]} ({reason})")
+            if len(paths) >= 2000 and (done % 1000 == 0 or done == len(paths)):
+                end = "\n" if done == len(paths) else ""
+                print(f"\rchecked {done:,} of {len(paths):,} photographs", end=end, flush=True)
+    if bad:
+        raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
+                         f"{bad[0]}; replace or remove them")
 
 def class_folders(place):
     """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
@@ -1122,11 +1266,15 @@ def read_list(path):
             return [i["file_name"] for i in images], [[classes[i["id"]]] for i in images]
         paths = []
         labels = []
-        for line in path.read_text().splitlines():
-            if line.strip():
-                file, *numbers = line.split()
-                paths.append(file)
-                labels.append([int(number) for number in numbers])
+        for line in path.read_text(encoding="utf-8-sig").replace("\t", " ").splitlines():
+            line = line.strip()
+            words = line.split(" ") if line.strip() else []
+            numbers = []
+            while len(words) > 1 and words[-1].lstrip("-").isdigit():
+                numbers.insert(0, int(words.pop()))
+            if words:
+                paths.append(" ".join(words))  # a path may hold blanks
+                labels.append(numbers)
         return paths, labels
 
 def find_list(lists, choices, published):
@@ -1140,6 +1288,8 @@ def find_list(lists, choices, published):
     paths, classes = read_list(there[0])
     if len(paths) != published:
         print(f"warning: {there[0]} lists {len(paths):,} images, the published one {published:,}")
+    if len(set(paths)) < len(paths):
+        print(f"warning: {there[0]} lists {len(paths) - len(set(paths)):,} images more than once")
     return there[0], paths, classes
 
 def multi_hot(rows, num_classes, source):
@@ -1523,13 +1673,21 @@ def main():
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
 
 def run_script(main):
-    """Call main() as a script: bad input is one line on stderr and exit code 2."""
+    """Call main() as a script: bad input is one line on stderr and exit code 2, Ctrl-C one line
+    and 130."""
+    process = f" in process {RANK}" if RANK else ""
     try:
         main()
     except InputError as error:
-        process = f" in process {RANK}" if RANK else ""
         print(f"error{process}: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -28,12 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torchvision.ops import sigmoid_focal_loss
 
 from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, argument_parser, expected_calibration_error,
-                     find_device, group_accuracy, group_means, listed, load_from_flags, number,
-                     read_checkpoint, recipe_name, run_script, show_table, write_csv, write_file)
+                     find_device, fingerprint, group_accuracy, group_means, listed,
+                     load_from_flags, number, read_checkpoint, recipe_name, restore_images,
+                     run_script, show_table, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
                     precision_rates)
@@ -136,9 +138,12 @@ def parse_args(argv=None):
     chosen = RECIPES["default"] | RECIPES.get(name, {})
     if args.recipe == "paper":
         chosen |= RECIPES["paper"]
+    warmup_given = args.warmup is not None
     for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if not warmup_given:
+        args.warmup = min(args.warmup, args.epochs / 10)
     return args
 
 def settle(args, data):
@@ -574,15 +579,23 @@ def main(argv=None):
     device = start(args)
     data = load_from_flags(args)
     settle(args, data)
+    resumed = find_checkpoint(args, data)
+    run = Run(args, data, resumed)
     stats = network_stats(args.arch)
     loader = Loader(data, device, args.batch_size, args.aug, args.workers, stats)
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, data.num_classes, args.weights or args.pretrained, data.size)
+    start_from = not resumed and (args.weights or args.pretrained)
+    model = build_model(args.arch, data.num_classes, start_from, data.size)
     if not args.no_more:  # every weight W_g + B A, at the start exactly the plain network
         add_low_rank(model, args.rank_ratio)
-    run = Run(args, data)
-    network = prepare(model, loader, run)
+    with run:
+        return train_and_test(model, loader, run)
 
+def train_and_test(model, loader, run):
+    """The training, test time, tables and files of a run; returns the result."""
+    args = run.args
+    data = loader.data
+    network = prepare(model, loader, run)
     fit(network, loader, run)
     test_time(network, loader, run)
 
@@ -590,7 +603,7 @@ def main(argv=None):
     states = [plain_state(model)]
     no_bias = torch.zeros(data.num_classes)
     saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
-    classifier = Classifier(saved).to(device)
+    classifier = Classifier(saved).to(loader.device)
     report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
     show_report(report, run)
     method = "base" if args.no_more else "more"
@@ -683,58 +696,78 @@ def stop_unless_finite(loss, model, where, flags="--lr"):
             )
         sys.exit(3)
 
+def find_checkpoint(args, data):
+    """The checkpoint in --out of the run to resume, else {}; the data get its training images."""
+    last = Path(args.out) / "last.pt"
+    if not args.resume:
+        if list(last.parent.glob("last.pt*")):
+            raise InputError(f"--out {args.out} holds a run: add --resume to go on with it, or "
+                             "give another folder")
+        return {}
+    resumed = read_checkpoint(last)
+    if not resumed:
+        print(f"nothing to resume in {args.out}: starting from the beginning")
+    elif not {"args", "data", "report"} <= resumed.keys():
+        raise InputError(f"{last} is not a checkpoint of this script; give another --out")
+    else:
+        restore_images(data, resumed["data"], args.out)
+    return resumed
+
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
 
-    Raises InputError for a folder that cannot be made, that holds a run (without --resume) or
-    another run (with it).
+    `with run:` makes the folder and holds its lock. Raises InputError for a checkpoint of another
+    run, and for a folder that cannot be made or that another run writes into.
     """
-    MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "data_root", "lists", "workers",
-                            "compile", "precision"}
+    MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
+                            "weights", "views", "workers", "compile", "precision"}
 
-    def __init__(self, args, data):
+    def __init__(self, args, data, resumed):
         self.args = args
         self.folder = Path(args.out)
-        self.counts = data.counts.tolist()
-        self.resumed = read_checkpoint(self.folder / "last.pt") if args.resume else {}
-        if self.resumed:
+        self.data = fingerprint(data)
+        self.resumed = resumed
+        self.report = {"log": [], "train_seconds": 0.0, "images": 0}
+        if resumed:
+            self.data = resumed["data"]
+            self.report = resumed["report"]
             self.check()
-        elif args.resume:
-            print(f"nothing to resume in {self.folder}: starting from the beginning")
-        elif list(self.folder.glob("last.pt*")):
-            raise InputError(f"--out {self.folder} holds a run: add --resume to go on with it, or "
-                             "give another folder")
-        self.report = self.resumed.get("report", {"log": [], "train_seconds": 0.0, "images": 0})
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {self.folder}: cannot be made a folder ({error.strerror}); "
-                             "give another") from None
 
     def check(self):
-        """Raise InputError when the checkpoint is of another run."""
-        saved = self.resumed.get("args", {})
+        """Raise InputError when the checkpoint is of a run with other flags."""
+        saved = self.resumed["args"]
         now = vars(self.args)
-        differing = [key for key in sorted(set(saved) | set(now))
-                     if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key)]
-        before = self.resumed.get("report", {}).get("precision")
-        if now["precision"] not in ("auto", before):
+        for key in sorted(set(saved) | set(now)):
+            if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key):
+                raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
+                                 f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
+                                 "another --out")
+        if now["precision"] not in ("auto", self.report["precision"]):
             raise InputError(f"--precision {now['precision']}: the run in {self.folder} computes "
-                             f"in {before}; leave it out")
-        if differing:
-            key = differing[0]
-            raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
-                             f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
-                             "another --out")
-        if self.resumed["counts"] != self.counts:
-            raise InputError(f"{self.folder} is of a run on other data: its images per class "
-                             "differ; give another --out")
+                             f"in {self.report['precision']}; leave it out")
+
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.folder / "lock")
+            if RANK == 0:
+                self.lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"--out {self.folder}: another run writes into it; give another "
+                             "folder") from None
+        except OSError as error:
+            raise InputError(f"--out {self.folder}: cannot be made a folder or written "
+                             f"({error.strerror}); give another") from None
+        return self
+
+    def __exit__(self, *error):
+        self.lock.release()
 
     def save(self, model, optimizer=None, **where):
         """Checkpoint: the model, its optimiser, the report and `where` the run stands. The one
         before stays as *.prev."""
-        state = {"args": vars(self.args), "counts": self.counts, "report": self.report,
+        state = {"args": vars(self.args), "data": self.data, "report": self.report,
                  "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict()}
         write_file(self.folder / "last.pt", lambda tmp: torch.save(state | where, tmp),
                    keep_previous=True)
@@ -771,7 +804,7 @@ def finish(run, method, chosen, saved, loader):
         "acc": {group: chosen[group] for group in (*GROUPS, "all")},
         "per_class": chosen["per_class"],
         "ece": chosen["ece"],
-        "counts": run.counts,
+        "counts": run.data["counts"],
         "images_per_second": report["images"] / max(seconds, 1e-9),
         "device": device,
         "torch": torch.__version__,

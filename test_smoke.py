@@ -1346,6 +1346,205 @@ def test_a_script_that_leaves_in_mid_epoch_does_not_wait_for_its_decoders(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=60)
     assert done.returncode == 4
 
+# ------------------------------------------------------------- folders and runs of real people
+
+def fill(folder, number, colour=(200, 0, 0), suffix="png"):
+    """`number` photographs of one colour in a folder."""
+    for i in range(number):
+        photograph(folder / f"{i:03}.{suffix}", colour)
+
+def test_a_flat_folder_is_split_per_class(tmp_path, capsys):
+    for name, number in (("cat", 100), ("dog", 21), ("fox", 2)):
+        fill(tmp_path / name, number)
+    data = load_dataset(str(tmp_path), size=16)
+    sizes = [np.bincount(split.labels, minlength=3).tolist()
+             for split in (data.train, data.val, data.test)]
+    assert sizes == [[70, 17, 1], [10, 0, 0], [20, 4, 1]]
+    everything = np.concatenate([data.train.images, data.val.images, data.test.images])
+    assert len(set(everything)) == 123
+    assert "split per class by --split-seed 0" in capsys.readouterr().out
+    again = load_dataset(str(tmp_path), size=16)
+    assert np.array_equal(again.train.images, data.train.images)
+    other = load_dataset(str(tmp_path), size=16, split_seed=1)
+    assert not np.array_equal(other.train.images, data.train.images)
+    fill(tmp_path / "owl", 1)
+    with pytest.raises(InputError, match="owl: 1 images; a class needs one to train on"):
+        load_dataset(str(tmp_path))
+
+def test_odd_files_are_counted_and_named_and_valid_is_val(tmp_path, capsys):
+    fill(tmp_path / "train" / "cat", 6)
+    fill(tmp_path / "train" / "cat" / ".ipynb_checkpoints", 1)
+    fill(tmp_path / "train" / "dog", 12)
+    fill(tmp_path / "valid" / "cat", 3)
+    fill(tmp_path / "test" / "cat", 3)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "cat" / "loop").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "cat" / "._000.png").write_bytes(b"left by a copy from a Mac")
+    for i in range(5):
+        (tmp_path / "train" / "cat" / f"phone{i}.HEIC").write_bytes(b"not readable")
+    (tmp_path / "test" / "cat" / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "test" / "dog").mkdir()  # allowed: a class without test images
+    data = load_dataset(str(tmp_path), size=16)
+    said = capsys.readouterr().out
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 3, 3)
+    assert "6 files skipped (5 .heic, 1 .db)" in said
+    assert "1 of 2 classes have no test image" in said
+
+def test_photographs_are_looked_at_before_training(tmp_path):
+    for part in ("train", "test"):
+        fill(tmp_path / part / "cat", 3)
+    (tmp_path / "test" / "cat" / "001.png").write_bytes(b"no photograph")
+    with pytest.raises(InputError, match=r"1 of 6 photographs cannot be read, the first: .*001"):
+        load_dataset(str(tmp_path))
+
+@pytest.mark.parametrize("mode, value, expected", [
+    ("I;16", 65535, 255), ("I;16", 257 * 100, 100), ("I", 200, 200), ("F", 0.5, 128),
+    ("L", 7, 7), ("1", 1, 255), ("CMYK", (0, 0, 0, 0), 255), ("LA", (9, 0), 255),
+    ("LA", (9, 255), 9),
+])
+def test_every_kind_of_pixel_becomes_8_bits_on_white(mode, value, expected, tmp_path):
+    suffix = "tif" if mode in ("I", "F", "CMYK") else "png"
+    Image.new(mode, (4, 4), value).save(tmp_path / f"x.{suffix}")
+    found = np.asarray(data_lt.decode(tmp_path / f"x.{suffix}"))
+    assert found.shape == (4, 4, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+def test_palette_transparency_becomes_white(tmp_path):
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 1)
+    image.save(tmp_path / "x.gif", transparency=0)
+    image.save(tmp_path / "x.png", transparency=0)
+    pixels = np.asarray(data_lt.decode(tmp_path / "x.png"))
+    assert pixels[1, 1].tolist() == [255] * 3
+    assert pixels[0, 0].tolist() == [40, 50, 60]
+
+@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)),
+                                                 (8, (-1, 0))])
+def test_exif_orientations_are_applied(orientation, corner, tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:10, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    found = np.asarray(data_lt.decode(tmp_path / "x.jpg"))
+    assert found[corner].min() > 200
+    assert (found > 128).mean() == pytest.approx(1 / 16, abs=0.02)
+
+def photo_flags(folder, out, *more):
+    """Flags of a MORE run on photographs."""
+    flags = (f"--dataset {folder} --out {out} --arch resnet20 --size 16 --epochs 2 --batch-size 4 "
+             "--device cpu --precision fp32 --workers 0 --no-more --warmup 0 --pretrained 0")
+    return [*flags.split(), *more]
+
+@pytest.fixture
+def zoo(tmp_path):
+    """Three classes of photographs in train/ and test/."""
+    for part, number in (("train", 6), ("test", 2)):
+        for name, colour in (("Zebra", (200, 0, 0)), ("cat", (0, 200, 0)), ("dog", (0, 0, 200))):
+            fill(tmp_path / "photos" / part / name, number, colour)
+    return tmp_path / "photos"
+
+def test_a_run_goes_on_where_its_photographs_have_moved(zoo, tmp_path, monkeypatch):
+    whole = more_lt.main(photo_flags(zoo, tmp_path / "whole"))
+    dying(monkeypatch, more_lt, "stop_unless_finite", 2)
+    with pytest.raises(Killed):
+        more_lt.main(photo_flags(zoo, tmp_path / "run"))
+    monkeypatch.undo()
+    moved = zoo.rename(tmp_path / "moved")
+    (tmp_path / "run").rename(tmp_path / "run2")
+    again = more_lt.main(photo_flags(moved, tmp_path / "run2", "--resume", "--views", "3"))
+    assert again["clean"] == whole["clean"]
+    assert same_networks(tmp_path / "whole", tmp_path / "run2")
+
+def test_a_renamed_class_is_refused_and_a_lost_photograph_left_out(zoo, tmp_path, capsys):
+    before = more_lt.main(photo_flags(zoo, tmp_path / "run"))
+    (zoo / "train" / "cat" / "003.png").unlink()
+    again = more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
+    assert "1 training images of this run are gone and left out: " in capsys.readouterr().out
+    assert again["counts"] == before["counts"] == [6, 6, 6]
+    written = (tmp_path / "run" / "model.pt").read_bytes()
+    for part in ("train", "test"):
+        (zoo / part / "Zebra").rename(zoo / part / "zebra")
+    with pytest.raises(InputError, match="is of a run on other classes"):
+        more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
+    assert (tmp_path / "run" / "model.pt").read_bytes() == written
+
+def test_other_arrays_of_the_same_shape_are_refused(tiny, more_run, tmp_path):
+    arrays = dict(np.load(tiny))
+    arrays["train_images"] = 255 - arrays["train_images"]
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(InputError, match="is of a run on other training images"):
+        more_lt.main(more_flags(tmp_path / "other.npz", more_run.out, "--resume"))
+
+def test_two_runs_do_not_write_into_one_folder(tiny, tmp_path):
+    with do_lt.FileLock(tmp_path / "lock"):
+        with pytest.raises(InputError, match="another run writes into it"):
+            more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1"))
+    more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1"))
+
+def test_ctrl_c_is_one_line(tiny, tmp_path):
+    command = [sys.executable, HERE / "more_lt.py", *more_flags(tiny, tmp_path, "--epochs", "500")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == "interrupted; a run goes on from its last checkpoint with --resume\n"
+
+def test_the_product_is_fitted_only_on_enough_validation_images(tiny, tmp_path, capsys):
+    arrays = dict(np.load(tiny))
+    first = arrays["val_labels"] == 0
+    arrays |= {"val_images": arrays["val_images"][first], "val_labels": arrays["val_labels"][first]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    result = short_do(tmp_path / "x.npz", tmp_path / "run", "")
+    assert result["fitted"] is False
+    assert result["test"]["product"] == pytest.approx([1 / 3] * 3 + [0, 0])
+    assert "not fitted" in capsys.readouterr().out
+    stages = [SimpleNamespace(classes=np.array(c)) for c in ([0, 1], [2, 3])]
+    enough = do_lt.enough_to_fit
+    assert enough(np.repeat([0, 2], 5), stages, 4), "5 images in half of the classes"
+    assert not enough(np.repeat([0, 2], [5, 4]), stages, 4)
+    assert not enough(np.repeat([0, 1], 9), stages, 4)
+
+def test_one_hot_rows_are_noticed_and_images_without_a_label_are_negatives(several, tmp_path,
+                                                                           capsys):
+    arrays = dict(np.load(several))
+    arrays["train_labels"] = np.eye(6, dtype=np.uint8)[np.arange(200) % 6]
+    np.savez(tmp_path / "x.npz", **arrays)
+    load_dataset(str(tmp_path / "x.npz"))
+    assert "marks exactly one label per image" in capsys.readouterr().out
+    arrays["train_labels"][10:20] = 0
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert load_dataset(str(tmp_path / "x.npz")).counts.sum() == 190
+
+def test_lists_with_a_byte_order_mark_blanks_and_repeated_lines(tmp_path, capsys):
+    lines = "my photos/a 1.jpg 0\nb.jpg 1\nb.jpg 1\n"
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    _, paths, classes = data_lt.find_list(tmp_path, ["x.txt"], 3)
+    assert paths == ["my photos/a 1.jpg", "b.jpg", "b.jpg"]
+    assert classes == [[0], [1], [1]]
+    assert "lists 1 images more than once" in capsys.readouterr().out
+
+def test_warm_up_is_at_most_a_tenth_of_the_run():
+    assert more_lt.parse_args(["--epochs", "5"]).warmup == 0.5
+    assert more_lt.parse_args(["--epochs", "5", "--warmup", "2"]).warmup == 2
+    assert more_lt.parse_args([]).warmup == 5
+    assert do_lt.parse_args(["--epochs", "2,2"]).warmup == 0.4
+
+def test_packing_without_room_is_one_line(tiny, tmp_path, monkeypatch):
+    data = load_dataset(str(tiny))
+    monkeypatch.setattr(data_lt.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="--pack .*: needs 0.0 GiB, of which 0.0 are free"):
+        data_lt.pack(data, tmp_path / "packed", 32, 0)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "train_images.npy").write_bytes(b"")
+    (tmp_path / "old" / "about.json").write_text("")
+    with pytest.raises(InputError, match="about.json: cannot be read"):
+        do_lt.parse_args(["--dataset", str(tmp_path / "old")])
+
 # ---------------------------------------------------- several processes, interruptions, devices
 
 @pytest.mark.parametrize("method", ["do", "more"])
@@ -1367,6 +1566,11 @@ def test_two_processes_train(method, tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     losses = losses_of(tmp_path)
+    classifier = models.load_classifier(tmp_path / "model.pt")
+    data = load_dataset(str(tiny))
+    images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2)
+    accuracy = data_lt.group_accuracy(classifier(images).argmax(1), data.test.labels, data.counts)
+    assert accuracy["all"] == pytest.approx(result["clean"]["all"]), "BatchNorm's statistics differ"
     assert len(losses) == {"do": 3, "more": 2}[method]
     assert losses[-1] < 3
     assert result["acc"]["all"] > 10
@@ -1462,6 +1666,8 @@ def bad(tiny, tmp_path_factory):
     photograph(folder / "photos" / "train" / "a" / "0.png")
     photograph(folder / "photos" / "test" / "a" / "0.png")
     (folder / "junk" / "last.pt").write_bytes(b"junk")
+    (folder / "foreign").mkdir()
+    torch.save({"x": torch.zeros(1)}, folder / "foreign" / "last.pt")
     for part in ("train", "val", "test"):
         (folder / "lists" / f"Places_LT_{part}.txt").write_text("a/0.jpg 0\na/1.jpg 1\n")
         (folder / "lists" / f"iNaturalist18_{part}.txt").write_text("a/0.jpg -1\n")
@@ -1472,7 +1678,7 @@ BOTH_SCRIPTS = [
     ("--dataset places_lt --data-root {bad}/lists", "images are not there, the first:"),
     ("--dataset inat18 --data-root {bad}/lists", "holds label -1"),
     ("--dataset {bad}/cut.npz", "cut.npz: cannot be read"),
-    ("--dataset {bad}/empty", "needs train/CLASS"),
+    ("--dataset {bad}/empty", "empty: no class folders in it"),
     ("--dataset {bad}/photos", "train/fox: no image in it"),
     ("--dataset cifar10 --data-root {bad}", "put cifar-10-python.tar.gz (unpacked, or cifar"),
     ("--dataset synth --imb 0.5", "--imb 0.5"),
@@ -1487,6 +1693,7 @@ BOTH_SCRIPTS = [
     ("{tiny} --batch-size 64,32", "--batch-size: invalid int value: '64,32'"),
     ("{tiny} --device cuda:63", "--device cuda:63 is not available"),
     ("{tiny} --device cpu --precision fp32 --out {bad}/cut.npz", "cannot be made a folder"),
+    ("{tiny} --epochs 0", "--epochs"),
     ("{tiny} --out {bad}/junk --resume", "cannot be read"),
     *[(f"--dataset {{bad}}/{name}.npz", said) for name, (_, said) in faulty_npz().items()],
 ]
@@ -1495,7 +1702,8 @@ MORE_ALONE = [
     ("{tiny} --loss bsce --sampling class-aware", "--sampling class-aware: --loss bsce"),
     ("MORE --out {more} --resume --amplitude 1", "--amplitude was 2.0, now 1.0"),
     ("MORE --out {more} --resume --precision bf16", "computes in fp32"),
-    ("MORE --out {do} --resume", "is of another run"),
+    ("MORE --out {do} --resume", "is of another run: --"),
+    ("MORE --out {bad}/foreign --resume", "is not a checkpoint of this script"),
 ]
 DO_ALONE = [
     ("{tiny} --gamma 1.5", "--gamma: 1.5: must be above 0 and below 1"),
