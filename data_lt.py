@@ -983,7 +983,8 @@ def read_checkpoint(path):
     found = [name for name in (str(path), f"{path}.prev") if os.path.exists(name)]
     for name in found:
         try:
-            return torch.load(name, map_location="cpu", weights_only=True)
+            state = torch.load(name, map_location="cpu", weights_only=True)
+            return dict(state)
         except Exception:  # torch.load raises half a dozen kinds for a cut or garbled file
             print(f"warning: {name} is damaged; trying the checkpoint before it", flush=True)
     if found:

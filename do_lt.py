@@ -354,7 +354,8 @@ def cpo(network, t, stage, loader, run):
     resumed = run.resumed if run.resumed.get("stage") == t else {}
     optimizer = make_optimizer(model, stage.lr, args)
     if resumed.get("optimizer"):
-        optimizer.load_state_dict(resumed["optimizer"])
+        with reading(run.folder / "last.pt", "delete it and start again"):
+            optimizer.load_state_dict(resumed["optimizer"])
     trained = distribute(network)
     schedule = "cosine" if t == 1 else args.schedule
     warmup = args.warmup if t == 1 else 0
@@ -927,7 +928,8 @@ def prepare(model, loader, run):
             f"backward; takes {report['precision']}"
         )
     if run.resumed:
-        model.load_state_dict(run.resumed["model"])
+        with reading(run.folder / "last.pt", "delete it and start again"):
+            model.load_state_dict(run.resumed["model"])
     if args.compile == 1 or (args.compile is None and device.type == "cuda"):
         model.compile(mode="reduce-overhead")
     parameters = sum(p.numel() for p in model.parameters())

@@ -34,7 +34,7 @@ from torchvision.ops import sigmoid_focal_loss
 from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, argument_parser, expected_calibration_error,
                      find_device, fingerprint, group_accuracy, group_means, listed,
-                     load_from_flags, number, read_checkpoint, recipe_name, restore_images,
+                     load_from_flags, number, read_checkpoint, reading, recipe_name, restore_images,
                      run_script, show_table, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
@@ -409,7 +409,8 @@ def fit(network, loader, run):
     both = not args.no_more and args.amplitude > 0  # without the loss one pass per step
     optimizer = make_optimizer(model, args)
     if run.resumed:
-        optimizer.load_state_dict(run.resumed["optimizer"])
+        with reading(run.folder / "last.pt", "delete it and start again"):
+            optimizer.load_state_dict(run.resumed["optimizer"])
     trained = distribute(TwoPasses(network, both, args.detach_general))
     losses = [base_loss(args.loss, data, loader.device, late) for late in (False, True)]
     counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
@@ -655,7 +656,8 @@ def prepare(model, loader, run):
             f"backward; takes {report['precision']}"
         )
     if run.resumed:
-        model.load_state_dict(run.resumed["model"])
+        with reading(run.folder / "last.pt", "delete it and start again"):
+            model.load_state_dict(run.resumed["model"])
     if args.compile == 1 or (args.compile is None and device.type == "cuda"):
         model.compile(mode="reduce-overhead")
     parameters = sum(p.numel() for p in model.parameters())
