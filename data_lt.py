@@ -706,7 +706,8 @@ class Loader:
 
 def common_folder(paths):
     """The folder below which all photographs lie."""
-    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    return os.path.commonpath(folders)
 
 def fingerprint(data):
     """What identifies a dataset's training images, wherever they lie: class names, counts, labels,
@@ -718,8 +719,12 @@ def fingerprint(data):
     else:
         some = np.ascontiguousarray(images[::max(1, len(images) // 1000)])
         listing = [hashlib.sha256(some).hexdigest()]
-    return {"class_names": data.class_names, "counts": data.counts.tolist(),
-            "labels": torch.from_numpy(data.train.labels), "images": listing}
+    return {
+        "class_names": data.class_names,
+        "counts": data.counts.tolist(),
+        "labels": torch.from_numpy(data.train.labels),
+        "images": listing,
+    }
 
 def restore_images(data, saved, run):
     """Give the data the training images of a checkpoint's fingerprint. Photographs that are gone
@@ -1011,8 +1016,11 @@ def pack(data, target, size, workers):
     network sees. Images in memory stay as they are. Raises InputError.
     """
     target = Path(target)
-    about = {"name": recipe_name(data.name), "photographs": data.photographs,
-             "class_names": data.class_names}
+    about = {
+        "name": recipe_name(data.name),
+        "photographs": data.photographs,
+        "class_names": data.class_names,
+    }
     if target.suffix == ".npz":
         pack_file(data, target, about, workers)
     else:
@@ -1122,9 +1130,14 @@ def read_cifar(name, root, lists=None, split_seed=0):
         raise InputError(f"--data-root {root}: no {name} there and no download "
                          f"({type(error).__name__}); put {kind.filename} (unpacked, or "
                          f"{name}.npz) into it by hand") from None
-    return {"source": f"torchvision in {root}", "class_names": train.classes,
-            "train_images": train.data, "train_labels": train.targets,
-            "test_images": test.data, "test_labels": test.targets}
+    return {
+        "source": f"torchvision in {root}",
+        "class_names": train.classes,
+        "train_images": train.data,
+        "train_labels": train.targets,
+        "test_images": test.data,
+        "test_labels": test.targets,
+    }
 
 IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -1289,8 +1302,9 @@ def find_list(lists, choices, published):
     paths, classes = read_list(there[0])
     if len(paths) != published:
         print(f"warning: {there[0]} lists {len(paths):,} images, the published one {published:,}")
-    if len(set(paths)) < len(paths):
-        print(f"warning: {there[0]} lists {len(paths) - len(set(paths)):,} images more than once")
+    repeated = len(paths) - len(set(paths))
+    if repeated:
+        print(f"warning: {there[0]} lists {repeated:,} images more than once")
     return there[0], paths, classes
 
 def multi_hot(rows, num_classes, source):

@@ -862,9 +862,9 @@ def main(argv=None):
     add_owner_masks(model, args.prune_classifier)
     model.stage_rest = resumed.get("rest", {})
     with run:
-        return train_and_test(model, stages, loader, run)
+        return decouple_and_mix(model, stages, loader, run)
 
-def train_and_test(model, stages, loader, run):
+def decouple_and_mix(model, stages, loader, run):
     """The stages, test time, tables and files of a run; returns the result."""
     args = run.args
     data = loader.data

@@ -590,9 +590,9 @@ def main(argv=None):
     if not args.no_more:  # every weight W_g + B A, at the start exactly the plain network
         add_low_rank(model, args.rank_ratio)
     with run:
-        return train_and_test(model, loader, run)
+        return rebalance_and_merge(model, loader, run)
 
-def train_and_test(model, loader, run):
+def rebalance_and_merge(model, loader, run):
     """The training, test time, tables and files of a run; returns the result."""
     args = run.args
     data = loader.data
