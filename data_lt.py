@@ -60,6 +60,8 @@ def find_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("take auto, cpu or cuda")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
@@ -864,11 +866,11 @@ def check_arrays(source, arrays):
     if names is None:
         found = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
         names = range(found)
-    names = [str(name) for name in names]
+    names = [str(name) for name in np.atleast_1d(names)]
     splits = {}
     for part in ("train", "val", "test"):
-        images = arrays.get(f"{part}_images")
-        absent = images is None or len(images) + len(labels[part]) == 0
+        images = np.atleast_1d(arrays.get(f"{part}_images", []))
+        absent = len(images) + len(labels[part]) == 0
         if absent and part == "val":
             continue
         images = check_images(source, part, images)

@@ -552,7 +552,7 @@ def show_report(report, run):
     """The tables and figures of this run."""
     rows = {label: found for label, found in report["results"].items() if found["all"] is not None}
     rows["model.pt: clean images"] = report["clean"]
-    multi_label = "of1" in rows["test"]
+    multi_label = "of1" in report["results"]["test"]
     columns = (*GROUPS, "all", *(("of1", "cf1") if multi_label else ("ece",)))
     title = "mAP, %" if multi_label else "Top-1, %"
     show_table(run.folder, "accuracy_by_group", title, rows, columns)
