@@ -65,8 +65,6 @@ TABLES = {
     ]),
     "more": (GROUPS, [
         ("fine-tuned: MORE minus balanced softmax", (FINE, FINE_MORE), VIEWS, ""),
-        ("W_g alone minus the whole, one view", (FINE_MORE, FINE_MORE),
-         ("results/test", "results/test, W_g alone"), ""),
         ("from scratch, 50 epochs: MORE minus balanced softmax", (SHORT, SCRATCH), VIEWS, ""),
     ]),
 }
