@@ -32,8 +32,8 @@ demo: .venv/ready  ## both methods on made-up images, two to four minutes
 	rm -rf runs/demo_do runs/demo_more
 	$(V) more_lt.py --dataset synth --loss bsce --out runs/demo_more
 	$(V) do_lt.py --dataset synth --out runs/demo_do
-	@echo "What to look at: in the last table, column few, cross-entropy hardly ever names the four rare classes;"
-	@echo "DO names them several times as often, and so does the table before (balanced softmax with MORE)."
+	@echo "What to look at: in the last table, column few, cross-entropy hardly ever predicts the four rare classes,"
+	@echo "DO several times as often (as MORE on balanced softmax does, in the first run's table)."
 
 test: .venv/ready
 	$(V) -m pytest -q test_smoke.py
