@@ -656,7 +656,7 @@ class Loader:
 
     def draw(self, class_probs, seed, epoch, steps=None):
         """Training images of an epoch (or of `steps` batches) drawn by ClassSampler: this
-        process's share of each batch, int64 steps x n. class_probs None: every image equally likely."""
+        process's share of each batch, int64 steps x n. class_probs None: uniform over images."""
         steps = steps or self.steps
         labels = self.data.train.labels
         if class_probs is None:

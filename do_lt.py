@@ -788,8 +788,8 @@ def test_time(model, stages, loader, run):
         weights = fit_product(mean_log(val[1:]), labels, counts)
     else:
         print(
-            "\nThe product is not fitted, its sub-models get equal weights: fitting needs 5 validation "
-            "images in half of the classes of each stage's group"
+            "\nThe product is not fitted, its sub-models get equal weights: fitting needs 5 "
+            "validation images in half of the classes of each stage's group"
         )
     report["val"] = aggregate(val[1:], weights, data.val, stages, data) if len(data.val) else None
     report["test"] = aggregate(test[1:], weights, data.test, stages, data)
