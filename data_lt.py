@@ -62,11 +62,10 @@ def find_device(name):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("take auto, cpu or cuda")
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=device).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
                          "--device cpu") from None
-    return device
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or file, what is wrong and what to do.
