@@ -128,8 +128,9 @@ def parse_args(argv=None):
         help="share pruned after each stage but the last, as 0.5,0.8; auto: measured")
     add("--few-sampling", choices=["balanced", "inverse"], default="balanced",
         help="draws of the few stage")
-    add("--loss", choices=["compensation", "ce"], default="compensation",
-        help="ce: no margin in any stage (Table 8)")
+    add("--loss", choices=["compensation", "balanced", "ce"], default="compensation",
+        help="balanced: as compensation, but stage many is balanced softmax; ce: no margin in any "
+             "stage (Table 8)")
     add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor",
         help="what ranks the weights (Fig. 4)")
     add("--importance-images", type=number(int, 1), help="training images per class for the score")
@@ -138,7 +139,8 @@ def parse_args(argv=None):
     add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning, Eq. 4's dt")
     add("--tpd-iters", type=number(int, 1), help="retraining iterations after each pruning step")
     add("--tpd-lr", type=number(above=0), default=0.02, help="rate of the retraining")
-    add("--reinit", type=number(least=0), help="scale of the fresh weights over Kaiming's")
+    add("--reinit", type=lambda text: text if text == "keep" else number(least=0)(text),
+        help="scale of the fresh weights over Kaiming's; keep: pruned weights keep their values")
     add("--agg", choices=["product", "instance", "group", "mean"],
         help="the mixture that is reported, the paper's: instance (model.pt has the product)")
 
@@ -293,8 +295,10 @@ def make_stages(args, data, device):
             classes = np.arange(data.num_classes)  # no class has over 100 images: "many" serves all
         probs = stage_class_probs(data.counts, name, args.rho, args.few_sampling)
         alpha = np.ones(data.num_classes)
-        if args.loss == "compensation":
+        if args.loss != "ce":
             alpha = compensation_alpha(data.counts, name, args.rho)
+        if args.loss == "balanced" and name == "many":
+            alpha = data.counts.sum() / data.counts  # balanced softmax: CE(f + log N_c, y)
         log_alpha = torch.tensor(np.log(alpha), dtype=torch.float32, device=device)
         stages.append(Stage(name, classes, probs, log_alpha, epochs, lr))
     return stages
@@ -527,21 +531,36 @@ def claim(model, t):
     for layer in owned_layers(model).values():
         layer.weight_owner[layer.weight_owner == 0] = t
 
-def restart_free(model, scale, generator):
-    """Pruned weights become free, with fresh values: Kaiming normal times `scale`."""
+def fresh_values(model, scale, generator):
+    """New values for the weights with owners, one tensor per layer: Kaiming normal times `scale`."""
+    values = []
+    for layer in owned_layers(model).values():
+        normal = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
+        values.append(normal * (scale * math.sqrt(2 / layer.weight[0].numel())))
+    return values
+
+def restart_free(model, values):
+    """Pruned weights become free and start from `values`, one tensor per owned layer."""
     with torch.no_grad():
-        for layer in owned_layers(model).values():
+        for layer, start in zip(owned_layers(model).values(), values):
             pruned = layer.weight_owner == PRUNED
-            fresh = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
-            fresh *= scale * math.sqrt(2 / layer.weight[0].numel())
-            layer.weight.copy_(torch.where(pruned, fresh, layer.weight))
+            layer.weight.copy_(torch.where(pruned, start, layer.weight))
             layer.weight_owner[pruned] = 0
 
 def tpd(network, t, stage, loader, run):
     """Prune what stage t can do without, freeze what remains as its own, and start the pruned
-    weights afresh for the next stage. The last stage keeps all."""
+    weights afresh for the next stage. The last stage keeps all.
+
+    --reinit keep: what is pruned starts from its values before the pruning, which fine-tuning
+    must not lose. It is not in the paper.
+    """
     args = run.args
     model = network.model
+    if args.reinit == "keep":
+        values = [layer.weight.detach().clone() for layer in owned_layers(model).values()]
+    else:
+        generator = torch.Generator().manual_seed(args.seed * 1000 + t)
+        values = fresh_values(model, args.reinit, generator)
     if t < len(args.order):
         if args.gamma == "auto":
             gamma = sweep_gamma(network, t, stage, loader, run)
@@ -558,7 +577,7 @@ def tpd(network, t, stage, loader, run):
         record(network, f"stage {t} ({stage.name}) after TPD", loader, run)
     keep_stage_rest(model, t)
     claim(model, t)
-    restart_free(model, args.reinit, torch.Generator().manual_seed(args.seed * 1000 + t))
+    restart_free(model, values)
     run.save(model, stage=t + 1, epoch=0, rest=model.stage_rest)
 
 # ------------------------------------------------------ test time: the sub-models are mixed, Eq. 5
@@ -795,7 +814,7 @@ def test_time(model, stages, loader, run):
     report["test"] = aggregate(test[1:], weights, data.test, stages, data)
     report |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group")}
     report["bar"] = {}
-    if stages[0].name == "many":
+    if stages[0].name == "many" and args.loss != "balanced":
         report["bar"] = baselines(test[:1], val[:1], data, report["fitted"])
     report["eval_seconds"] = clock(loader.device) - began
     bias = product_bias(weights[T], weights[T + 1], counts)
