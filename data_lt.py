@@ -239,6 +239,37 @@ def group_accuracy(predicted, labels, counts):
     per_class = 100 * correct / np.where(total == 0, np.nan, total)
     return group_means(per_class, class_groups(counts)) | {"per_class": listed(per_class)}
 
+def worst_classes(predicted, labels, num_classes, worst=5):
+    """The classes of lowest accuracy and what their images are taken for.
+
+    Returns a list of (class, right, images, [(other class, times), .. at most 3]), the worst
+    first; classes without test images are left out. predicted, labels: int arrays (N,).
+    """
+    images = np.bincount(labels, minlength=num_classes)
+    right = np.bincount(labels[predicted == labels], minlength=num_classes)
+    order = np.argsort(right / np.maximum(images, 1), kind="stable")
+    found = []
+    for c in order[images[order] > 0][:worst]:
+        wrong = np.bincount(predicted[(labels == c) & (predicted != c)], minlength=num_classes)
+        most = np.argsort(-wrong, kind="stable")[:3]
+        others = [(int(other), int(wrong[other])) for other in most if wrong[other]]
+        found.append((int(c), int(right[c]), int(images[c]), others))
+    return found
+
+def show_worst_classes(logits, data):
+    """Print worst_classes by name, from a classifier's logits N x K of the test images. Classes
+    that are mere numbers have no names to show."""
+    if all(name.isdigit() for name in data.class_names):
+        return
+    names = data.class_names
+    title = "The worst classes, clean test images"
+    print(f"\n{title:46} {'training':>11} {'right':>11}   taken for")
+    predicted = logits.argmax(1).cpu().numpy()
+    for c, right, images, others in worst_classes(predicted, data.test.labels, data.num_classes):
+        taken = ", ".join(f"{names[o]} ({times})" for o, times in others)
+        share = f"{right} of {images}"
+        print(f"{names[c]:46} {data.counts[c]:11} {share:>11}   {taken}")
+
 def expected_calibration_error(probs, labels, bins=15):
     """ECE in percent: mean gap between confidence and accuracy over equal-width bins
     (Guo et al., ICML 2017). probs: tensor N x K; labels: int tensor (N,)."""

@@ -38,7 +38,7 @@ from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_d
                      add_system_arguments, all_sum, argument_parser, expected_calibration_error,
                      find_device, fingerprint, group_accuracy, group_means, load_from_flags,
                      number, read_checkpoint, reading, recipe_name, restore_images, run_script,
-                     several, show_table, write_csv, write_file)
+                     several, show_table, show_worst_classes, write_csv, write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model,
                     classifier_content, clock, keep_stage_rest, network_stats, owned_layers,
                     plain_state, precision_rates, submodel_state, weight_layers)
@@ -323,6 +323,7 @@ def train(network, optimizer, batches, rates, log_alpha, weight_decay):
     """
     network.train()
     masks = trainable_masks(network)
+    weights = optimizer.param_groups[0]["params"]
     drawn = torch.zeros_like(log_alpha)
     correct = torch.zeros_like(log_alpha)
     loss_sum = torch.zeros_like(log_alpha[0])
@@ -333,12 +334,11 @@ def train(network, optimizer, batches, rates, log_alpha, weight_decay):
         loss = sum(share * compensation_loss(logits, y, log_alpha) for share, y in targets)
         optimizer.zero_grad()
         loss.backward()
-        for w in optimizer.param_groups[0]["params"]:
-            if w.grad is None:  # not used by the network
-                continue
-            w.grad.add_(w.detach(), alpha=weight_decay)
-            if w in masks:  # what has no owner trains whole
-                w.grad.mul_(masks[w])
+        used = [w for w in weights if w.grad is not None]
+        owned = [w for w in used if w in masks]  # what has no owner trains whole
+        with torch.no_grad():  # all weights at once: a GPU waits for each launch
+            torch._foreach_add_([w.grad for w in used], used, alpha=weight_decay)
+            torch._foreach_mul_([w.grad for w in owned], [masks[w] for w in owned])
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
             y = targets[0][1]
@@ -501,7 +501,8 @@ def prune(network, before, ratio, t, stage, picks, loader, args):
         )
         stop_unless_finite(loss, model, f"pruning after stage {t}", "--tpd-lr")
     with torch.no_grad():
-        update_bn(loader.batches(picks[:40], [*key, 0]), network)
+        eager = Network(model, network.precision, eager=True)  # what update_bn does breaks graphs
+        update_bn(loader.batches(picks[:40], [*key, 0]), eager)
 
 def sweep_gamma(network, t, stage, loader, run):
     """--gamma auto: prune by 0, 10, .. 90 % and go back to the last ratio before the largest drop
@@ -532,7 +533,7 @@ def claim(model, t):
         layer.weight_owner[layer.weight_owner == 0] = t
 
 def fresh_values(model, scale, generator):
-    """New values for the weights with owners, one tensor per layer: Kaiming normal times `scale`."""
+    """New values of the weights with owners, one tensor per layer: Kaiming normal times `scale`."""
     values = []
     for layer in owned_layers(model).values():
         normal = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
@@ -897,8 +898,10 @@ def decouple_and_mix(model, stages, loader, run):
     report = run.report
     saved = classifier_content(args.arch, loader, states, weights, bias)
     classifier = Classifier(saved).to(loader.device)
-    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
+    logits = loader.predict(classifier.experts, "test")[0]
+    report["clean"] = scored(logits, data.test, data)
     show_report(report, run)
+    show_worst_classes(logits, data)
     return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading

@@ -208,17 +208,22 @@ def classifier_name(model):
     return name if name in names else names[-1]
 
 class Network(nn.Module):
-    """The model, computing in "bf16" or "fp32"; its logits are float32."""
+    """The model, computing in "bf16" or "fp32"; its logits are float32. A model that was compiled
+    (nn.Module.compile) runs so in training, unless eager; for anything else compiling does not
+    pay."""
 
-    def __init__(self, model, precision="fp32"):
+    def __init__(self, model, precision="fp32", eager=False):
         super().__init__()
         self.model = model
         self.precision = precision
+        self.eager = eager
 
     def forward(self, x):
         bf16 = self.precision == "bf16"
+        compiled = self.training and not self.eager
+        run = self.model if compiled else self.model.forward
         with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
-            return self.model(x).float()
+            return run(x).float()
 
 def precision_rates(model, size, device):
     """Images/s, forward and backward, of a copy of the model in fp32 and in bf16: (2,) tensor.

@@ -35,7 +35,7 @@ from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_d
                      add_system_arguments, all_sum, argument_parser, expected_calibration_error,
                      find_device, fingerprint, group_accuracy, group_means, listed,
                      load_from_flags, number, read_checkpoint, reading, recipe_name, restore_images,
-                     run_script, show_table, write_csv, write_file)
+                     run_script, show_table, show_worst_classes, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
                     precision_rates)
@@ -605,8 +605,11 @@ def rebalance_and_merge(model, loader, run):
     no_bias = torch.zeros(data.num_classes)
     saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
     classifier = Classifier(saved).to(loader.device)
-    report["clean"] = scored(loader.predict(classifier.experts, "test")[0], data.test, data)
+    logits = loader.predict(classifier.experts, "test")[0]
+    report["clean"] = scored(logits, data.test, data)
     show_report(report, run)
+    if not data.multi_label:
+        show_worst_classes(logits, data)
     method = "base" if args.no_more else "more"
     return finish(run, method, report["results"]["test"], saved, loader)
 

@@ -376,6 +376,20 @@ def test_accuracy_by_group_and_calibration_by_hand():
     by_hand = 100 * (2 * abs(0.9 - 0.5) + abs(0.6 - 1) + abs(0.7 - 1)) / 4
     assert ece == pytest.approx(by_hand, abs=1e-4)
 
+def test_the_worst_classes_and_what_they_are_taken_for(capsys):
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    predicted = np.array([0, 0, 2, 1, 1, 0, 0, 1, 2])
+    found = data_lt.worst_classes(predicted, labels, 4, worst=2)  # class 3 has no test image
+    assert found == [(2, 1, 4, [(0, 2), (1, 1)]), (0, 2, 3, [(2, 1)])]
+    logits = F.one_hot(torch.from_numpy(predicted), 4).float()
+    data = SimpleNamespace(class_names=["cat", "dog", "owl", "yak"], counts=np.array([9, 5, 3, 2]),
+                           num_classes=4, test=SimpleNamespace(labels=labels))
+    data_lt.show_worst_classes(logits, data)
+    assert re.search(r"owl +3 +1 of 4 +cat \(2\), dog \(1\)\n", capsys.readouterr().out)
+    data.class_names = ["0", "1", "2", "3"]
+    data_lt.show_worst_classes(logits, data)
+    assert capsys.readouterr().out == "", "numbers are no names"
+
 # -------------------------------------------------------------------------------------- models.py
 
 def test_networks_have_the_published_size_and_owners_beside_each_weight():
@@ -460,6 +474,27 @@ def test_precision_is_the_faster_one_measured_on_a_copy(faster, seconds, monkeyp
     rates = models.precision_rates(model, (8, 8), CPU)
     assert int(rates.argmax()) == faster
     assert equal(model.state_dict(), before)
+
+def test_a_compiled_model_runs_compiled_in_training_alone():
+    calls = []
+
+    def backend(graph, inputs):
+        """Counts the calls."""
+        def call(*values):
+            calls.append(len(values))
+            return graph(*values)
+        return call
+    model = models.build_model("resnet20", 6)
+    model.compile(backend=backend)
+    x = torch.randn(4, 3, 8, 8)
+    network = models.Network(model).train()
+    network(x).sum().backward()
+    assert len(calls) == 1
+    models.Network(model, eager=True).train()(x)
+    compiled = network.eval()(x)
+    assert len(calls) == 1
+    model._compiled_call_impl = None
+    assert torch.equal(network(x), compiled)
 
 @pytest.mark.parametrize("name", ["do", "more"])
 def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
@@ -607,6 +642,18 @@ def test_stages_are_the_class_groups_and_the_loss_divides_by_alpha():
         exact -= math.log(odds[c] / sum(odds)) / 4
     found = do_lt.compensation_loss(logits, y, alpha.log())
     assert found.item() == pytest.approx(exact, abs=1e-9)
+
+def test_the_first_stage_of_loss_balanced_is_balanced_softmax():
+    args = SimpleNamespace(order=["many", "few"], epochs=[1, 1], lr=[0.1, 0.1], rho=0.7,
+                           few_sampling="balanced", loss="balanced")
+    data = SimpleNamespace(counts=COUNTS, num_classes=6)
+    many, few = do_lt.make_stages(args, data, CPU)
+    logits = torch.randn(8, 6)
+    y = torch.randint(6, (8,))
+    found = do_lt.compensation_loss(logits, y, many.log_alpha)
+    assert torch.allclose(found, more_lt.balanced_softmax(logits, y, COUNTS))
+    alpha = do_lt.compensation_alpha(COUNTS, "few", 0.7)
+    assert torch.allclose(few.log_alpha.double().exp(), torch.from_numpy(alpha))
 
 def test_taylor_importance_against_single_weights():
     torch.manual_seed(0)
@@ -778,6 +825,29 @@ def test_pruned_weights_stay_at_zero(tiny, tmp_path, monkeypatch):
     do_lt.main(do_flags(tiny, tmp_path, *"--epochs 1 --tpd-iters 3 --mixup 0.4".split()))
     assert left
     assert max(left) == 0
+
+def test_reinit_keep_starts_from_the_values_before_the_pruning(tiny, tmp_path, monkeypatch):
+    prune = do_lt.prune
+    restart = do_lt.restart_free
+    before = []
+    freed = []
+
+    def spy_on_prune(network, *args):
+        layers = models.owned_layers(network.model).values()
+        before.append([layer.weight.detach().clone() for layer in layers])
+        prune(network, *args)
+
+    def spy_on_restart(model, values):
+        restart(model, values)
+        for layer, old in zip(models.owned_layers(model).values(), before[-1]):
+            free = layer.weight_owner == 0
+            assert torch.equal(layer.weight[free], old[free])
+            freed.append(int(free.sum()))
+    monkeypatch.setattr(do_lt, "prune", spy_on_prune)
+    monkeypatch.setattr(do_lt, "restart_free", spy_on_restart)
+    do_lt.main(do_flags(tiny, tmp_path, *"--epochs 1 --reinit keep".split()))
+    assert len(before) == 2
+    assert sum(freed) > 100_000
 
 def half_a_file(state, path):
     """What a kill leaves while torch.save writes."""
