@@ -3,6 +3,7 @@
 run, beside their goals.
 
     make bench                                   ResNet-32, batch 128
+    make bench BENCH="--photos FOLDER"           decoding and augmenting beside the bare step
     python .ci/bench.py --arch resnet50 --size 224 --batch-size 64 --out bench.json
 
 The calls take turns, so that a machine that slows down slows all of them; after a round to warm
@@ -25,9 +26,9 @@ from torchvision import transforms as T
 
 import do_lt
 import more_lt
-from data_lt import Dataset, Loader, Split
+from data_lt import WORKERS, Dataset, Loader, Split, load_dataset
 from models import (Network, add_low_rank, add_owner_masks, build_model, clock, merge_low_rank,
-                    owned_layers, precision_rates)
+                    network_stats, owned_layers, precision_rates)
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 AMX = "amx_bf16" in CPU
@@ -67,32 +68,39 @@ class OneByOne(torch.utils.data.Dataset):
         return self.transform(self.images[i]), int(self.labels[i])
 
 
+def random_images(args):
+    """A Dataset of random images in memory, `args.steps` batches."""
+    n = args.steps * args.batch_size
+    photographs = args.size > 64
+    side = args.size * 256 // 224 if photographs else args.size  # as --pack leaves them
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, side, side, 3), np.uint8)
+    labels = rng.permutation(np.arange(n) % CLASSES)
+    train = Split(images, labels)
+    tests = Split(images[:2 * args.batch_size], labels[:2 * args.batch_size])
+    counts = np.bincount(labels, minlength=CLASSES)
+    size = (args.size, args.size)
+    return Dataset("bench", train, tests, tests, counts, list(map(str, range(CLASSES))), "",
+                   size, side, photographs)
+
+
 class Calls:
-    """What is timed, each for `args.steps` batches of random images."""
+    """What is timed, each for `args.steps` batches: of random images, or of --photos."""
 
     def __init__(self, args, device):
         self.args = args
         self.device = device
-        n = args.steps * args.batch_size
-        photographs = args.size > 64
-        side = args.size * 256 // 224 if photographs else args.size  # as --pack leaves them
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (n, side, side, 3), np.uint8)
-        labels = rng.permutation(np.arange(n) % CLASSES)
-        train = Split(images, labels)
-        tests = Split(images[:2 * args.batch_size], labels[:2 * args.batch_size])
-        counts = np.bincount(labels, minlength=CLASSES)
-        size = (args.size, args.size)
-        data = Dataset("bench", train, tests, tests, counts, list(map(str, range(CLASSES))), "",
-                       size, side, photographs)
-        self.loader = Loader(data, device, args.batch_size, "strong")
-        rates = precision_rates(self.fresh(), size, device).tolist()
+        data = load_dataset(args.photos, size=args.size) if args.photos else random_images(args)
+        stats = network_stats(args.arch)
+        self.classes = data.num_classes
+        self.loader = Loader(data, device, args.batch_size, "strong", WORKERS, stats)
+        rates = precision_rates(self.fresh(), data.size, device).tolist()
         self.precision = ("fp32", "bf16")[int(np.argmax(rates))]
         self.batch = next(self.loader.batches([np.arange(args.batch_size)], [0]))
 
     def fresh(self):
         """The plain network, newly made."""
-        model = build_model(self.args.arch, CLASSES)
+        model = build_model(self.args.arch, self.classes, size=(self.args.size,) * 2)
         model = model.to(self.device, memory_format=torch.channels_last)
         if self.args.compile:
             model.compile(mode="reduce-overhead")
@@ -126,7 +134,7 @@ class Calls:
         loader = torch.utils.data.DataLoader(
             OneByOne(train.images, train.labels), 128, shuffle=True, num_workers=workers,
             persistent_workers=True, pin_memory=cuda)
-        model = build_model(self.args.arch, CLASSES).to(self.device)
+        model = build_model(self.args.arch, self.classes).to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), RATE, 0.9, weight_decay=5e-4)
 
         def run():
@@ -149,12 +157,13 @@ class Calls:
                 layer.weight_owner.copy_(torch.rand_like(layer.weight) < 0.5)
         optimizer = do_lt.make_optimizer(model, RATE, RUN)
         network = Network(model, self.precision)
-        log_alpha = torch.zeros(CLASSES, device=self.device)
+        log_alpha = torch.zeros(self.classes, device=self.device)
 
         def run():
             batches = self.batches()
             if loop:
-                batches = self.loader.batches(self.loader.draw(None, 0, 0), [0])
+                picks = self.loader.draw(None, 0, 0, self.args.steps)
+                batches = self.loader.batches(picks, [0])
             rates = [RATE] * self.args.steps
             sums = do_lt.train(network, optimizer, batches, rates, log_alpha, RUN.weight_decay)
             sums[-1].item()
@@ -166,7 +175,7 @@ class Calls:
         network = more_lt.TwoPasses(Network(model, self.precision), both, detach)
         optimizer = more_lt.make_optimizer(model, RUN)
         losses = [F.cross_entropy] * 2
-        prior = torch.full((CLASSES,), 1 / CLASSES, device=self.device)
+        prior = torch.full((self.classes,), 1 / self.classes, device=self.device)
 
         def run():
             plan = [(RATE, 1.0, False)] * self.args.steps
@@ -181,6 +190,9 @@ class Calls:
     def all(self):
         """{name: (function, images it processes)}."""
         images = self.args.steps * self.args.batch_size
+        if self.args.photos:
+            return {"bare": (self.bare(self.precision), images),
+                    "loop": (self.do_step(False, True), images)}
         tests = 2 * self.args.batch_size
         plain = self.fresh()
         merged = merge_low_rank(add_low_rank(self.fresh()))
@@ -208,6 +220,9 @@ class Calls:
 
 def ratios_of(rate):
     """[(label, value, goal, whether the goal is a least value)]."""
+    if len(rate) == 2:
+        return [("loop (decoding, strong augmentation, log) / bare step",
+                 rate["loop"] / rate["bare"], 0.85, True)]
     ratios = [
         ("loop (draws, strong augmentation, log) / bare step", rate["loop"] / rate["bare"],
          0.95, True),
@@ -229,22 +244,30 @@ def ratios_of(rate):
 def main(argv=None):
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="time the steps of both scripts")
-    parser.add_argument("--arch", default="resnet32")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--photos", metavar="FOLDER",
+                        help="time this folder's photographs (then EfficientNet-Lite0 at 96 px)")
+    parser.add_argument("--arch")
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", type=int, choices=[0, 1], default=0)
     parser.add_argument("--out", help="file for the figures, as JSON")
     args = parser.parse_args(argv)
+    defaults = dict(arch="resnet32", size=32, batch_size=128, steps=8)
+    if args.photos:
+        defaults = dict(arch="timm:tf_efficientnet_lite0", size=96, batch_size=64, steps=20)
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     args.precision = "auto"
     device = do_lt.start(args)
     torch.manual_seed(0)
     calls = Calls(args, device)
     rate = measure(calls.all(), device, args.rounds)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_model(args.arch, CLASSES)(torch.zeros(1, 3, args.size, args.size))
+        build_model(args.arch, CLASSES).eval()(torch.zeros(1, 3, args.size, args.size))
     names = [line.split(":")[1].strip() for line in CPU.splitlines()
              if line.startswith("model name")]
     kind = torch.cuda.get_device_name() if device.type == "cuda" else (names or ["cpu"])[0]
