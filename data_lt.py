@@ -391,6 +391,14 @@ def rand_augment(images, rng, group):
             out[picked] = operations(images[picked])
     return out
 
+def centre_square(images, side):
+    """The middle of square images, brought to side x 256 / 224 pixels where they are larger, as
+    centre_view does it. uint8 n x 3 x H x H -> uint8 n x 3 x side x side."""
+    around = round(side * 256 / 224)
+    if images.shape[-1] > around:
+        images = v2.functional.resize(images, [around])
+    return v2.functional.center_crop(images, [side, side])
+
 def augment(images, rng, kind="strong", crop=None, group=8):
     """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop,
     flip, RandAugment).
@@ -400,7 +408,7 @@ def augment(images, rng, kind="strong", crop=None, group=8):
     n x 3 x H x W or n x 3 x crop x crop.
     """
     if kind == "none":
-        return v2.functional.center_crop(images, [crop, crop]) if crop else images
+        return centre_square(images, crop) if crop else images
     if crop:
         images = random_resized_crop(images, rng, crop)
     else:
@@ -857,7 +865,7 @@ def image_size(source, images, size, packed):
         if side > height:
             raise InputError(f"--size {side}: {source} holds images of {height} pixels; pack "
                              "larger ones or take less")
-        return (side, side), height, True
+        return (side, side), round(side * 256 / 224), True
     if size not in (None, height):
         raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which are used "
                          "as they are; leave it out")
