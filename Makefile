@@ -2,6 +2,7 @@
 #   make bench                     images/s and ratios here, beside their goals (BENCH="--arch resnet50 --size 224")
 #   make gpu                       what needs CUDA, most valuable first, for nine minutes; the rest: see .ci/gpu.py
 #   make reproduce-cifar DATA=...  DO, MORE, its baselines, a table; also -imagenet -places -inat, without DO -voc -coco
+#   make reproduce-folder DATA=FOLDER   the same on your own photographs
 #   make table                     README's tables again, from .ci/results
 # DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: for every run.
 PYTHON ?= python3
@@ -10,6 +11,7 @@ LISTS ?= $(DATA)
 SEEDS ?= 0 1 2
 GPUS ?= 1
 FLAGS ?=
+PACK ?= 256
 BENCH ?=
 GPU ?=
 V = .venv/bin/python
@@ -19,7 +21,7 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test bench gpu table clean reproduce-cifar reproduce-imagenet reproduce-places reproduce-inat \
+.PHONY: demo test bench gpu table clean reproduce-cifar reproduce-folder reproduce-imagenet reproduce-places reproduce-inat \
   reproduce-voc reproduce-coco
 .DELETE_ON_ERROR:
 
@@ -50,7 +52,8 @@ table: .venv/ready
 FLAGS_paper = --recipe paper
 FLAGS_three = --order many,medium,few
 FLAGS_three50 = --order many,medium,few --gamma 0.5,0.6
-# $(1): name of the runs, $(2): flags that choose the data, $(3): losses of MORE, $(4): DO's recipes (do: the default).
+# $(1): name of the runs, $(2): flags that choose the data, $(3): losses without and with MORE, $(4): DO's recipes
+# (do: the default), $(5): losses without MORE alone.
 # Looks at the data first, leaves out what is finished and goes on where it was interrupted.
 define reproduce
 	$(V) data_lt.py $(2) --data-root $(DATA) --lists $(LISTS)
@@ -62,6 +65,7 @@ define reproduce
 	    run base_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss --no-more; \
 	    run more_$${loss}_$(1)_seed$$seed more_lt.py --loss $$loss; \
 	  done; \
+	  $(foreach loss,$(5),run base_$(loss)_$(1)_seed$$seed more_lt.py --loss $(loss) --no-more;) \
 	done
 	$(V) .ci/table.py runs/*_$(1)_seed*/result.json
 endef
@@ -69,6 +73,11 @@ endef
 reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50
 	$(call reproduce,cifar100_imb100,--dataset cifar100 --imb 100,ce bsce,do three paper)
 	$(call reproduce,cifar100_imb50,--dataset cifar100 --imb 50,ce bsce,do three50 paper)
+
+PHOTOS = $(notdir $(patsubst %/,%,$(DATA)))
+reproduce-folder: .venv/ready  ## DATA: photographs in train/CLASS, val/CLASS, test/CLASS; PACK: their side once decoded
+	test -f runs/packed_$(PHOTOS)/about.json || $(V) data_lt.py --dataset $(DATA) --pack runs/packed_$(PHOTOS) --size $(PACK)
+	$(call reproduce,folder_$(PHOTOS),--dataset runs/packed_$(PHOTOS),bsce,do,ce)
 
 reproduce-imagenet: .venv/ready  ## DATA holds ImageNet's train/ and val/, LISTS its ImageNet_LT_*.txt
 	$(call reproduce,imagenet_lt,--dataset imagenet_lt,ce bsce,do paper)

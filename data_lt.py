@@ -790,7 +790,8 @@ def restore_images(data, saved, run):
     data.train = Split(paths[there], saved["labels"].numpy()[there])
     data.counts = np.array(saved["counts"])
 
-def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None):
+def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None,
+                 resumed=False):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
 
     name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
@@ -800,7 +801,8 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
 
     imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
     for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
-    which photographs are brought (224). A dataset without validation images gets those that the
+    which photographs are brought (224). resumed: training images of a list that are gone since
+    are left out, which is an error otherwise. A dataset without validation images gets those that the
     long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
     """
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
@@ -812,6 +814,8 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         raise InputError(f"--size {size}: the side of an image in pixels; give at least 8")
     arrays = read_dataset(name, Path(root), Path(lists or root), split_seed)
     source = str(arrays["source"])
+    if name in READERS and on_disk(arrays["train_images"]):
+        check_lists(arrays, root, resumed)
     splits, class_names = check_arrays(source, arrays)
     if imb != "keep":
         splits = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
@@ -1259,6 +1263,25 @@ def split_flat_folder(path, split_seed, skipped):
           "training, 10 % validation, 20 % test images (at least one; small classes keep the rest)")
     return names, files
 
+def check_lists(arrays, root, resumed):
+    """Raise InputError when photographs that a list names are absent. In a resumed run those for
+    training are left out instead; restore_images names them."""
+    there = {}
+    for part in ("train", "val", "test"):
+        paths = arrays.get(f"{part}_images", [])
+        there[part] = np.array([os.path.exists(path) for path in paths], dtype=bool)
+    if resumed:
+        for key in ("train_images", "train_labels"):
+            arrays[key] = arrays[key][there["train"]]
+        there["train"] = there["train"][there["train"]]
+    everything = np.concatenate([arrays.get(f"{part}_images", []) for part in there])
+    absent = everything[~np.concatenate(list(there.values()))]
+    if len(absent):
+        raise InputError(
+            f"--data-root {root}: {len(absent):,} of {len(everything):,} images are not there, "
+            f"the first: {', '.join(absent[:3])}; put them there or give the folder that holds them"
+        )
+
 def check_photographs(paths):
     """Open the headers of all photographs, in parallel and with progress. Raises InputError with
     the number of those that cannot be read, and the first."""
@@ -1295,18 +1318,6 @@ def as_arrays(parts, names):
         arrays[f"{part}_images"] = np.array([str(p) for p in paths], dtype=object)
         arrays[f"{part}_labels"] = labels
     return arrays
-
-def with_files(parts, root, names):
-    """as_arrays. Raises InputError when photographs are absent."""
-    everything = [path for paths, _ in parts.values() for path in paths]
-    absent = [path for path in everything if not os.path.exists(path)]
-    if absent:
-        raise InputError(
-            f"--data-root {root}: {len(absent):,} of {len(everything):,} images are "
-            f"not there, the first: {', '.join(absent[:3])}; put them there or give "
-            "the folder that holds them"
-        )
-    return as_arrays(parts, names)
 
 def read_list(path):
     """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
@@ -1403,7 +1414,7 @@ def read_published(name, root, lists, split_seed=0):
         if part == "train":
             names = published_names(found, paths, labels, published["classes"])
         parts[part] = [f"{base}/{path}" for path in paths], labels
-    return with_files(parts, root, names)
+    return as_arrays(parts, names)
 
 def published_names(found, paths, labels, published):
     """Class names: the folders of a training list's images, else numbers. Warns when its classes
@@ -1442,7 +1453,7 @@ def read_voc_mlt(root, lists, split_seed=0):
         rows = [classes or voc_classes(kit / year, i) for i, classes in zip(ids, known)]
         paths = [f"{kit}/{year}/JPEGImages/{i}.jpg" for i in ids]
         parts[part] = paths, multi_hot(rows, 20, source)
-    return with_files(parts, root, VOC)
+    return as_arrays(parts, VOC)
 
 def voc_classes(folder, image_id):
     """Class indices of an image, sorted, from its annotation in VOC's layout."""
@@ -1471,7 +1482,7 @@ def read_coco_mlt(root, lists, split_seed=0):
         "train": (train_paths, multi_hot(train_classes, len(names), source)),
         "test": (test_paths, multi_hot(list(found.values()), len(names), root)),
     }
-    return with_files(parts, root, names)
+    return as_arrays(parts, names)
 
 def coco_annotations(root, part):
     """({image id: set of classes}, {image id: file name}, class names) of COCO's train or val."""
@@ -1518,7 +1529,7 @@ def read_miml(root, lists=None, split_seed=0):
     ):
         picked = np.sort(picked)
         parts[part] = [f"{base}/images/{files[i]}" for i in picked], labels[picked]
-    return with_files(parts, root, names)
+    return as_arrays(parts, names)
 
 SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass "
           "harbor house lake moon mountain nighttime ocean plants railroad rainbow reflection road "
@@ -1540,7 +1551,7 @@ def read_nuswide_scene(root, lists, split_seed=0):
             labels = np.array(truth, np.int64).reshape(len(SCENES), len(files)).T
         kept = np.flatnonzero(labels.any(1))
         parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in kept], labels[kept]
-    return with_files(parts, root, SCENES)
+    return as_arrays(parts, SCENES)
 
 # The places of synth's classes on the scale of wavelengths, the most frequent class first: the
 # neighbours of a frequent class are rare ones.
@@ -1667,6 +1678,7 @@ def load_from_flags(args):
         args.imb_type,
         args.size,
         args.lists,
+        getattr(args, "resume", False),
     )
     groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
     most = data.counts.max()

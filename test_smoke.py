@@ -1364,6 +1364,23 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path):
     with pytest.raises(InputError, match="--size 64: .* holds images of 40 pixels"):
         load_dataset(str(packed), size=64)
 
+def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, capsys):
+    layout = Layout(tmp_path)
+    layout.photos(*[f"images/train/a/{i}.jpg" for i in range(12)])
+    for part, rows in (("train", range(8)), ("val", (8, 9)), ("test", (10, 11))):
+        layout.text(f"Places_LT_{part}.txt", [f"train/a/{i}.jpg {i % 2}" for i in rows])
+    flags = (f"--dataset places_lt --data-root {tmp_path}/images --lists {tmp_path} --size 32 "
+             f"--arch resnet20 --pretrained 0 --epochs 1 --batch-size 4 --device cpu --workers 0 "
+             f"--no-more --out {tmp_path}/run").split()
+    more_lt.main(flags)
+    (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
+    with pytest.raises(InputError, match="1 of 12 images are not there"):
+        more_lt.main([*flags[:-1], f"{tmp_path}/other"])
+    capsys.readouterr()
+    again = more_lt.main([*flags, "--resume"])
+    assert "1 training images of this run are gone and left out: " in capsys.readouterr().out
+    assert again["counts"] == [4, 4]
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_photographs_train_in_both_scripts_and_new_ones_are_labelled(packed, photos, tmp_path):
     if packed:

@@ -10,6 +10,7 @@ OUT/gpu.json holds the parts, {name: {"ok", "seconds", ..}}; OUT/NAME.json are r
 ready for .ci/results.
 """
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -133,13 +134,15 @@ class Session:
         return json.loads(file.read_text())["rates"]
 
     def compiled(self):
-        """Images per second without and with torch.compile."""
+        """Images per second without and with torch.compile, in the last of ten epochs: compiling
+        takes about a minute of the first."""
         rates = {}
         for switch in (0, 1):
             flags = ["--no-more", "--epochs", 1 if self.args.rehearse else 10, "--compile",
                      0 if self.args.rehearse else switch]
-            found = self.training(f"compile{switch}", "more_lt.py", *flags)
-            rates[f"--compile {switch}"] = found["images_per_second"]
+            self.training(f"compile{switch}", "more_lt.py", *flags)
+            with open(self.out / f"compile{switch}" / "log.csv") as file:
+                rates[f"--compile {switch}"] = round(float(list(csv.DictReader(file))[-1]["img/s"]))
         return rates
 
     def resumed(self):
@@ -172,8 +175,7 @@ class Session:
             self.part(f"balanced softmax, seed {seed}", self.more, f"base_bsce_{name}", "--loss",
                       "bsce", "--no-more", "--seed", seed)
             if seed == 0:
-                self.part("bench, ResNet-32", self.bench, "resnet32", "--steps", "64",
-                          "--compile", "1")
+                self.part("bench, ResNet-32", self.bench, "resnet32", "--steps", "64")
                 self.part("bench, ResNet-50", self.bench, "resnet50",
                           *"--arch resnet50 --size 224 --batch-size 256".split())
                 self.part("--compile off and on", self.compiled)
@@ -191,7 +193,7 @@ class Session:
     def show_goals(self):
         """What was found beside GOALS."""
         found = {
-            "ResNet-32, images/s": self.parts.get("bench, ResNet-32", {}).get("loop"),
+            "ResNet-32, images/s": self.parts.get("--compile off and on", {}).get("--compile 1"),
             "ResNet-50 at 224 px, images/s": self.parts.get("bench, ResNet-50", {}).get("bare"),
             "DO's whole recipe, s": self.parts.get("DO, seed 0", {}).get("seconds"),
         }

@@ -183,19 +183,38 @@ def rebuilt(text):
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
 
+def figures_of(result):
+    """{what was tested: figures} of a run: DO's reported mixture and its product on single clean
+    images, or the network on clean images and on the mean over views, with what else was tried."""
+    if "aggregations" in result:
+        reported = result["acc"] | {"per_class": result["per_class"]}
+        mixture = f"{result['args']['agg']}, mean of {1 + result['args']['views']} views"
+        clean = {"product, clean images": result["clean"]} if "clean" in result else {}
+        return {mixture: reported} | clean
+    tests = {}
+    for key, found in result["results"].items():
+        if key.startswith("test"):
+            tests[key.removeprefix("test, ").replace("test", "clean images")] = found
+    return tests
+
+
 def any_runs(paths, shifts):
-    """Lines of a plain table of result.json files."""
+    """Lines of a plain table of result.json files, with the minutes that a run took."""
     found = {}
     for path in map(Path, paths):
         name = path.parent.name if path.name == "result.json" else path.stem
+        name = re.sub(r"_seed\d+", "", name)
         result = json.loads(path.read_text())
-        row = figures(result, "acc")
-        row += [shifted(result["per_class"], counts_of(result), shift) for shift in shifts]
-        found.setdefault(re.sub(r"_seed\d+", "", name), []).append(row)
-    heads = "".join(f"{column:>14}" for column in (*GROUPS, *shifts))
-    lines = [f"{'':50}{'seeds':>6}{heads}"]
-    for name, rows in sorted(found.items()):
-        lines.append(f"{name:50}{len(rows):6}" + "".join(f"{cell:>14}" for cell in cells(rows)))
+        minutes = (result["train_seconds"] + result["eval_seconds"]) / 60
+        for kind, accuracy in figures_of(result).items():
+            row = [accuracy[group] for group in GROUPS]
+            row += [shifted(accuracy["per_class"], counts_of(result), shift) for shift in shifts]
+            found.setdefault((name, kind), []).append([*row, minutes])
+    heads = "".join(f"{column:>14}" for column in (*GROUPS, *shifts, "minutes"))
+    lines = [f"{'':76}{'seeds':>6}{heads}"]
+    for (name, kind), rows in sorted(found.items()):
+        label = f"{name}: {kind}"
+        lines.append(f"{label:76}{len(rows):6}" + "".join(f"{cell:>14}" for cell in cells(rows)))
     return lines
 
 
