@@ -266,9 +266,10 @@ def show_worst_classes(logits, data):
     print(f"\n{title:46} {'training':>11} {'right':>11}   taken for")
     predicted = logits.argmax(1).cpu().numpy()
     for c, right, images, others in worst_classes(predicted, data.test.labels, data.num_classes):
-        taken = ", ".join(f"{names[o]} ({times})" for o, times in others)
+        training = data.counts[c]
         share = f"{right} of {images}"
-        print(f"{names[c]:46} {data.counts[c]:11} {share:>11}   {taken}")
+        taken_for = [f"{names[other]} ({times})" for other, times in others]
+        print(f"{names[c]:46} {training:11} {share:>11}   {', '.join(taken_for)}")
 
 def expected_calibration_error(probs, labels, bins=15):
     """ECE in percent: mean gap between confidence and accuracy over equal-width bins
@@ -740,8 +741,9 @@ class Loader:
             for view in range(1, 1 + views):
                 rng = np.random.default_rng([seed, 3, view, rows[0]])
                 seen.append(crop_flip(images, rng, images.shape[-1] // 8))
-            found = network(normalize(torch.cat(seen), self.mean, self.std))
-            logits[:, rows[0] : rows[-1] + 1] = found.view(1 + views, len(rows), -1)
+            x = normalize(torch.cat(seen), self.mean, self.std)
+            found = network(x).view(1 + views, len(rows), -1)
+            logits[:, rows[0] : rows[-1] + 1] = found
         return all_sum(logits)
 
 def common_folder(paths):
@@ -1052,6 +1054,11 @@ def read_npz(path):
                          f"{', '.join(arrays) or 'nothing'}")
     return arrays
 
+def show_progress(what, done, total):
+    """A line that is written over until all is done."""
+    end = "\n" if done == total else ""
+    print(f"\r{what}: {done:,} of {total:,}", end=end, flush=True)
+
 def pack(data, target, size, workers):
     """Freeze a dataset's splits, in one file where `target` ends in .npz, else as arrays in a
     folder that are read memory-mapped (read_packed).
@@ -1137,8 +1144,7 @@ def decoded_pixels(paths, transform, workers, name):
     done = 0
     for x in decoded(paths, picks if len(paths) else [], transform, workers=workers):
         done += len(x)
-        end = "\n" if done == len(paths) else ""
-        print(f"\r{name} {done:,} of {len(paths):,}", end=end, flush=True)
+        show_progress(name, done, len(paths))
         yield x.permute(0, 2, 3, 1).contiguous().numpy()
 
 def read_about(folder):
@@ -1266,17 +1272,15 @@ def split_flat_folder(path, split_seed, skipped):
 def check_lists(arrays, root, resumed):
     """Raise InputError when photographs that a list names are absent. In a resumed run those for
     training are left out instead; restore_images names them."""
-    there = {}
-    for part in ("train", "val", "test"):
-        paths = arrays.get(f"{part}_images", [])
-        there[part] = np.array([os.path.exists(path) for path in paths], dtype=bool)
     if resumed:
-        for key in ("train_images", "train_labels"):
-            arrays[key] = arrays[key][there["train"]]
-        there["train"] = there["train"][there["train"]]
-    everything = np.concatenate([arrays.get(f"{part}_images", []) for part in there])
-    absent = everything[~np.concatenate(list(there.values()))]
-    if len(absent):
+        there = np.array([os.path.exists(path) for path in arrays["train_images"]], dtype=bool)
+        arrays["train_images"] = arrays["train_images"][there]
+        arrays["train_labels"] = arrays["train_labels"][there]
+    everything = []
+    for part in ("train", "val", "test"):
+        everything.extend(arrays.get(f"{part}_images", []))
+    absent = [path for path in everything if not os.path.exists(path)]
+    if absent:
         raise InputError(
             f"--data-root {root}: {len(absent):,} of {len(everything):,} images are not there, "
             f"the first: {', '.join(absent[:3])}; put them there or give the folder that holds them"
@@ -1298,8 +1302,7 @@ def check_photographs(paths):
             if reason:
                 bad.append(f"{paths[done - 1]} ({reason})")
             if len(paths) >= 2000 and (done % 1000 == 0 or done == len(paths)):
-                end = "\n" if done == len(paths) else ""
-                print(f"\rchecked {done:,} of {len(paths):,} photographs", end=end, flush=True)
+                show_progress("photographs checked", done, len(paths))
     if bad:
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
                          f"{bad[0]}; replace or remove them")
