@@ -804,8 +804,8 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
     for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
     which photographs are brought (224). resumed: training images of a list that are gone since
-    are left out, which is an error otherwise. A dataset without validation images gets those that the
-    long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
+    are left out, which is an error otherwise. A dataset without validation images gets those that
+    the long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
     """
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":

@@ -114,11 +114,11 @@ def torchvision_model(arch, **options):
 def torchvision_pretrained(arch, num_classes):
     """A ResNet of torchvision's with its ImageNet weights and a new last layer."""
     if arch in CIFAR_DEPTHS or not arch.startswith(("resne", "wide_resnet")):
-        raise InputError(f"--arch {arch}: --pretrained has torchvision's ResNets, resnet50 say, "
-                         "and timm's networks; leave it out")
+        raise InputError(f"--arch {arch}: --pretrained 1 has torchvision's ResNets, resnet50 say, "
+                         "and timm's networks; take one of them, --weights FILE or --pretrained 0")
     torchvision_model(arch)
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
-    remedy = f"put it by hand into {torch.hub.get_dir()}/checkpoints"
+    remedy = f"put it into {torch.hub.get_dir()}/checkpoints, give --weights FILE or --pretrained 0"
     with reading(f"--pretrained: {url}", remedy), patience():
         model = torchvision_model(arch, weights="DEFAULT")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
