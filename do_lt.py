@@ -55,7 +55,20 @@ RECIPES = {
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
-    "folder": PHOTOGRAPHS,
+    # Fine-tuning, chosen on validation images of Caltech-101: a first stage that knows how frequent
+    # the classes are, and pruned weights that keep what they know.
+    "folder": PHOTOGRAPHS | dict(
+        pretrained=1,
+        order="many,few",
+        epochs=[10, 4, 4, 4],
+        lr=[0.02, 0.01, 0.01, 0.01],
+        warmup=1,
+        batch_size=64,
+        loss="balanced",
+        gamma=[0.2, 0.2, 0.2],
+        tpd_lr=0.01,
+        reinit="keep",
+    ),
     "default": dict(
         arch="resnet32",
         pretrained=0,
@@ -67,9 +80,11 @@ RECIPES = {
         batch_size=128,
         aug="strong",
         mixup=0.0,
+        loss="compensation",
         rho=0.7,                # medium stage: draws and margin of medium classes, 1 - rho others
         gamma=[0.5, 0.8],       # share of the free weights that is pruned after each stage
         tpd_iters=20,           # retraining iterations after each of the pruning steps
+        tpd_lr=0.02,            # their rate
         reinit=0.25,            # scale of the fresh weights over Kaiming's
         importance_images=20,
         prune_classifier=0,     # the last layer is kept per stage
@@ -84,6 +99,7 @@ RECIPES = {
         batch_size=256,
         aug="strong",
         mixup=0.0,
+        loss="compensation",
         tpd_iters=1,
         reinit=1.0,
         prune_classifier=1,
@@ -128,7 +144,7 @@ def parse_args(argv=None):
         help="share pruned after each stage but the last, as 0.5,0.8; auto: measured")
     add("--few-sampling", choices=["balanced", "inverse"], default="balanced",
         help="draws of the few stage")
-    add("--loss", choices=["compensation", "balanced", "ce"], default="compensation",
+    add("--loss", choices=["compensation", "balanced", "ce"],
         help="balanced: as compensation, but stage many is balanced softmax; ce: no margin in any "
              "stage (Table 8)")
     add("--importance", choices=["taylor", "l1", "fisher", "random"], default="taylor",
@@ -138,7 +154,7 @@ def parse_args(argv=None):
         help="1: TPD ranks the last layer too; 0: each stage has its own")
     add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning, Eq. 4's dt")
     add("--tpd-iters", type=number(int, 1), help="retraining iterations after each pruning step")
-    add("--tpd-lr", type=number(above=0), default=0.02, help="rate of the retraining")
+    add("--tpd-lr", type=number(above=0), help="peak rate of the retraining")
     add("--reinit", type=lambda text: text if text == "keep" else number(least=0)(text),
         help="scale of the fresh weights over Kaiming's; keep: pruned weights keep their values")
     add("--agg", choices=["product", "instance", "group", "mean"],
@@ -174,8 +190,8 @@ def parse_args(argv=None):
 def recipe(args):
     """{flag: value} from RECIPES, for what was not given.
 
-    Where --order asks for more stages than the dataset's recipe has, the lists of values per
-    stage come from "default".
+    Where --order asks for more stages than the dataset's recipe has values for, the lists of
+    values per stage come from "default".
     """
     name = recipe_name(args.dataset)
     args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
@@ -189,7 +205,7 @@ def recipe(args):
         if name == "cifar100" and args.imb == 50:
             published = published | RECIPES["paper, cifar100 at ratio 50"]
     order = args.order or published.get("order") or chosen["order"]
-    if order.count(",") > chosen["order"].count(","):
+    if order.count(",") >= len(chosen["epochs"]):
         chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
     return chosen | published | {"order": order}
 
