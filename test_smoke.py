@@ -848,7 +848,9 @@ def test_reinit_keep_starts_from_the_values_before_the_pruning(tiny, tmp_path, m
             freed.append(int(free.sum()))
     monkeypatch.setattr(do_lt, "prune", spy_on_prune)
     monkeypatch.setattr(do_lt, "restart_free", spy_on_restart)
-    do_lt.main(do_flags(tiny, tmp_path, *"--epochs 1 --reinit keep".split()))
+    flags = do_flags(tiny, tmp_path, *"--epochs 1 --reinit keep --loss balanced".split())
+    result = do_lt.main(flags)
+    assert list(result["bar"]) == ["bsce", "bsce_fitted"]
     assert len(before) == 2
     assert sum(freed) > 100_000
 

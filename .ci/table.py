@@ -28,10 +28,9 @@ THREE = "do_cifar100_imb100_resnet32_200ep_mixup"
 BASE = "base_bsce_cifar100_imb100_resnet32_200ep_mixup"
 DO50, BASE50 = (name.replace("imb100", "imb50") for name in (DO, BASE))
 PAPER = "paper_cifar100_imb100_resnet32_200ep"
-SHORT = "base_bsce_cifar100_imb100_resnet20_50ep"
-SCRATCH = "more_bsce_cifar100_imb100_resnet20_50ep"
-FINE = "ft_base_bsce_cifar100_imb100_resnet20_4ep"
-FINE_MORE = "ft_more_bsce_cifar100_imb100_resnet20_4ep"
+MIML, MIML50 = "base_bce_miml_lite0_40ep", "base_bce_miml_imb50_lite0_40ep"
+PHOTOS = "base_bsce_caltech101_lite0_14ep"
+DO_PHOTOS = "do_caltech101_lite0_14ep"
 VIEWS = "results/test, mean of 3 views"
 ROUTED = "test/oracle_by_true_group"
 
@@ -48,15 +47,19 @@ TABLES = {
         ("DO, every value as published", PAPER, "aggregations/instance",
          "67.5 / 47.8 / 44.6 / 53.8"),
     ]),
+    "photographs": (GROUPS, [
+        ("balanced softmax, clean images", PHOTOS, "clean", ""),
+        ("DO, clean images", DO_PHOTOS, "clean", ""),
+        ("DO minus balanced softmax, clean images", (PHOTOS, DO_PHOTOS), "clean", ""),
+        ("the same, mean of three views", (PHOTOS, DO_PHOTOS), (VIEWS, "acc"), ""),
+    ]),
     "mixtures": (GROUPS, [
         ("equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
         ("instance weights (`--agg instance`, Eq. 5)", DO, "aggregations/instance", ""),
         ("product (the default)", DO, "aggregations/product", ""),
         ("three stages, oracle by the true group", THREE, ROUTED, ""),
-    ]),
-    "ratio50": (GROUPS, [
-        ("balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
-        ("DO, two stages of 150 and 50 epochs", DO50, "aggregations/product",
+        ("ratio 50: balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
+        ("ratio 50: DO, two stages of 150 and 50 epochs", DO50, "aggregations/product",
          "66.1 / 56.1 / 52.2 / 58.2"),
     ]),
     "shift": (SHIFTS, [
@@ -64,8 +67,11 @@ TABLES = {
         ("DO, product", DO, "aggregations/product", ""),
     ]),
     "more": (GROUPS, [
-        ("fine-tuned: MORE minus balanced softmax", (FINE, FINE_MORE), VIEWS, ""),
-        ("from scratch, 50 epochs: MORE minus balanced softmax", (SHORT, SCRATCH), VIEWS, ""),
+        ("MIML: MORE minus BCE", (MIML, MIML.replace("base", "more_mse")), VIEWS, ""),
+        ("the same, `--discrepancy l2`", (MIML, MIML.replace("base", "more_l2")), VIEWS, ""),
+        ("MIML at ratio 50: MORE minus BCE", (MIML50, MIML50.replace("base", "more_mse")), VIEWS,
+         ""),
+        ("the same, `--discrepancy l2`", (MIML50, MIML50.replace("base", "more_l2")), VIEWS, ""),
     ]),
 }
 
@@ -122,13 +128,14 @@ def cells(rows):
 
 def differences(before, after):
     """Mean of the paired differences of each column, with the half width of Student's 95 %
-    interval; one pair has none."""
-    gaps = np.array(after) - np.array(before)
-    if len(gaps) == 1:
-        return [f"{gap:+z.1f}" for gap in gaps[0]]
-    error = gaps.std(0, ddof=1) / len(gaps) ** 0.5
-    half = student.ppf(0.975, len(gaps) - 1) * error
-    return [f"{mean:+z.1f} ± {width:.1f}" for mean, width in zip(gaps.mean(0), half)]
+    interval; one pair has none. "-" for a group without classes."""
+    gaps = np.array(after, float) - np.array(before, float)  # None becomes NaN
+    means = [f"{mean:+z.1f}" for mean in gaps.mean(0)]
+    if len(gaps) > 1:
+        error = gaps.std(0, ddof=1) / len(gaps) ** 0.5
+        half = student.ppf(0.975, len(gaps) - 1) * error
+        means = [f"{mean} ± {width:.1f}" for mean, width in zip(means, half)]
+    return ["-" if "nan" in mean else mean for mean in means]
 
 
 def runs(name, folder=ROOT / ".ci" / "results"):
