@@ -15,6 +15,7 @@ layer have no owner: they train on in every stage, and each stage keeps a copy f
     python do_lt.py --dataset cifar100 --imb 100 --data-root data    CIFAR-100-LT: expect 52.5 %
     python do_lt.py --dataset cifar100 --imb 100 --recipe paper      every value as published
     python do_lt.py --dataset cifar100 --imb 100 --resume            go on after an interruption
+    python do_lt.py --dataset PHOTOS                                 fine-tune on PHOTOS/train/CLASS
     python models.py runs/NAME/model.pt PHOTOS                       label new photographs
 """
 import json
