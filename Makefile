@@ -21,8 +21,8 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: demo test bench gpu table clean reproduce-cifar reproduce-folder reproduce-imagenet reproduce-places reproduce-inat \
-  reproduce-voc reproduce-coco
+.PHONY: demo test bench gpu table clean reproduce-cifar reproduce-folder reproduce-imagenet reproduce-places \
+  reproduce-inat reproduce-voc reproduce-coco
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -76,7 +76,7 @@ reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50
 
 PHOTOS = $(notdir $(patsubst %/,%,$(DATA)))
 reproduce-folder: .venv/ready  ## DATA: photographs in train/CLASS, val/CLASS, test/CLASS; PACK: their side once decoded
-	test -f runs/packed_$(PHOTOS)/about.json || $(V) data_lt.py --dataset $(DATA) --pack runs/packed_$(PHOTOS) --size $(PACK)
+	$(V) data_lt.py --dataset $(DATA) --pack runs/packed_$(PHOTOS) --size $(PACK)
 	$(call reproduce,folder_$(PHOTOS),--dataset runs/packed_$(PHOTOS),bsce,do,ce)
 
 reproduce-imagenet: .venv/ready  ## DATA holds ImageNet's train/ and val/, LISTS its ImageNet_LT_*.txt
