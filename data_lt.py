@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision import datasets
+from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 GROUPS = ("many", "medium", "few")
@@ -43,7 +44,7 @@ DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # the others
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WORKERS = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-WORKERS = max(1, min(16, WORKERS))  # processes that decode photographs
+WORKERS = max(1, min(16, WORKERS))  # threads or processes that decode photographs
 
 def all_sum(tensor):
     """The sum of `tensor` over all processes, in place; returns it."""
@@ -496,14 +497,25 @@ def centre_view(size, resize):
     steps = [v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose(steps)
 
-def random_view(size):
-    """The transform of photographs for training: a random resized crop and a flip."""
-    steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    return v2.Compose(steps)
+DRAWS = threading.Lock()  # the threads of a process share torch's generator
+
+def random_view(image, seed, size):
+    """A photograph for training: a random resized crop of it, mirrored with probability one half.
+
+    image: PIL image -> uint8 tensor 3 x H x W. The seed alone fixes the draws. size: (H, W).
+    """
+    with DRAWS, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        box = transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+        mirrored = torch.rand(1) < 0.5
+    view = v2.functional.resized_crop(image, *box, size)
+    if mirrored:
+        view = v2.functional.horizontal_flip(view)
+    return v2.functional.pil_to_tensor(view)
 
 class _Decoder(torch.utils.data.Dataset):
-    """(position, row) -> the photograph paths[row], transformed with random numbers that depend
-    on the key and the position alone, in whatever process."""
+    """(position, row) -> the photograph paths[row], transformed; with a key the transform also
+    gets a seed that depends on the key and the position alone, in whatever thread or process."""
 
     def __init__(self, paths, transform, key):
         self.paths = paths
@@ -513,23 +525,30 @@ class _Decoder(torch.utils.data.Dataset):
     def __getitem__(self, item):
         position, row = item.tolist()
         image = decode(self.paths[row])
-        seed = np.random.SeedSequence([*self.key, position]).generate_state(1)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed[0]))
+        if self.key is None:
             return self.transform(image)
+        seed = np.random.SeedSequence([*self.key, position]).generate_state(1)
+        return self.transform(image, int(seed[0]))
 
-def decoded(paths, picks, transform, key=(0,), workers=0, pin=False):
+def decoded(paths, picks, transform, key=None, workers=0, pin=False):
     """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `picks`.
 
-    `workers` processes decode them (0: this one does). key: see _Decoder. Raises InputError for a
-    file that cannot be read.
+    `workers` processes decode ahead of time; 0: threads of this process decode each batch when it
+    is asked for. key: see _Decoder. Raises InputError for a file that cannot be read.
     """
     flat = np.concatenate([[], *picks]).astype(int)
     items = np.stack([np.arange(len(flat)), flat], 1)
     batches = np.split(items, np.cumsum([len(rows) for rows in picks])[:-1])
+    batches = batches if len(picks) else []
+    decoder = _Decoder(paths, transform, key)
+    if not workers:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for batch in batches:
+                yield torch.stack(list(pool.map(decoder.__getitem__, batch)))
+        return
     loader = torch.utils.data.DataLoader(
-        _Decoder(paths, transform, key),
-        batch_sampler=batches if len(picks) else [],
+        decoder,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),  # the global one stays as it is
@@ -643,10 +662,12 @@ class DiskImages:
         self.device = device
         self.aug = aug
         self.workers = workers
+        if workers is None:  # on a CPU processes would take the cores that the training needs
+            self.workers = WORKERS if device.type == "cuda" else 0
         self.centre = centre_view(data.size, data.resize)
-        self.random = self.centre if aug == "none" else random_view(data.size)
+        self.random = partial(random_view, size=data.size)
 
-    def batches(self, picks, transform, key=(0,)):
+    def batches(self, picks, transform, key=None):
         """The photographs of each index array, decoded and on the device."""
         pin = self.device.type == "cuda"
         for x in decoded(self.paths, picks, transform, key, self.workers, pin):
@@ -658,6 +679,9 @@ class DiskImages:
 
     def augmented(self, picks, key):
         """uint8 n x 3 x H x W of each index array, augmented."""
+        if self.aug == "none":
+            yield from self.clean(picks)
+            return
         start = 0
         for x in self.batches(picks, self.random, [*key, RANK]):
             if self.aug == "strong":
@@ -669,11 +693,11 @@ class Loader:
     """Batches of a Dataset on a device.
 
     batch_size: of all processes together, at most the images there are. aug: see augment.
-    workers: processes that decode photographs. stats: (mean, std) as channel_stats gives them,
-    which is the default.
+    workers: processes that decode photographs (see decoded); None: as many as cores with a GPU,
+    else 0. stats: (mean, std) as channel_stats gives them, which is the default.
     """
 
-    def __init__(self, data, device, batch_size, aug="none", workers=0, stats=None):
+    def __init__(self, data, device, batch_size, aug="none", workers=None, stats=None):
         self.data = data
         self.device = device
         self.batch_size = min(batch_size, len(data.train) // WORLD * WORLD)
@@ -1702,8 +1726,9 @@ def add_system_arguments(parser):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster")
     add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
-    add("--workers", type=number(int, 0), default=WORKERS,
-        help="processes that decode photographs, for each GPU")
+    add("--workers", type=number(int, 0),
+        help="processes that decode photographs, for each GPU; 0: threads, between the steps "
+             f"(default: {WORKERS} with a GPU, else 0)")
     add("--out", help="folder of the run (default runs/NAME)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from xml.sax.saxutils import escape
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torchvision.transforms import v2
 
 import data_lt
 import do_lt
@@ -1407,6 +1409,21 @@ def test_photographs_train_in_both_scripts_and_new_ones_are_labelled(packed, pho
         assert (classifier.size, classifier.resize) == ([32, 32], 37)
         with pytest.raises(SystemExit, match="0"):
             models.main([str(tmp_path / name / "model.pt"), str(photos / "test")])
+
+def test_a_training_view_is_torchvisions_and_the_same_in_whatever_thread():
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8))
+    steps = v2.RandomResizedCrop((32, 32)), v2.RandomHorizontalFlip(), v2.PILToTensor()
+    expected = []
+    with torch.random.fork_rng():
+        for seed in range(200):
+            torch.manual_seed(seed)
+            expected.append(v2.Compose(steps)(photo))
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(8) as pool:
+        views = pool.map(lambda seed: data_lt.random_view(photo, seed, (32, 32)), range(200))
+        assert all(torch.equal(view, other) for view, other in zip(views, expected))
+    assert torch.equal(torch.get_rng_state(), state)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_number_of_processes_decodes_the_same_batches(workers, tmp_path):

@@ -7,7 +7,7 @@ run, beside their goals.
     python .ci/bench.py --arch resnet50 --size 224 --batch-size 64 --out bench.json
 
 The calls take turns, so that a machine that slows down slows all of them; after a round to warm
-up, the median of five.
+up, the median of five (of photographs fourteen short calls, an epoch of Caltech-101 in all).
 """
 import argparse
 import json
@@ -26,7 +26,7 @@ from torchvision import transforms as T
 
 import do_lt
 import more_lt
-from data_lt import WORKERS, Dataset, Loader, Split, load_dataset
+from data_lt import Dataset, Loader, Split, load_dataset
 from models import (Network, add_low_rank, add_owner_masks, build_model, clock, merge_low_rank,
                     network_stats, owned_layers, precision_rates)
 
@@ -93,7 +93,7 @@ class Calls:
         data = load_dataset(args.photos, size=args.size) if args.photos else random_images(args)
         stats = network_stats(args.arch)
         self.classes = data.num_classes
-        self.loader = Loader(data, device, args.batch_size, "strong", WORKERS, stats)
+        self.loader = Loader(data, device, args.batch_size, "strong", stats=stats)
         rates = precision_rates(self.fresh(), data.size, device).tolist()
         self.precision = ("fp32", "bf16")[int(np.argmax(rates))]
         self.batch = next(self.loader.batches([np.arange(args.batch_size)], [0]))
@@ -250,14 +250,15 @@ def main(argv=None):
     parser.add_argument("--size", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", type=int, choices=[0, 1], default=0)
     parser.add_argument("--out", help="file for the figures, as JSON")
     args = parser.parse_args(argv)
-    defaults = dict(arch="resnet32", size=32, batch_size=128, steps=8)
+    defaults = dict(arch="resnet32", size=32, batch_size=128, steps=8, rounds=5)
     if args.photos:
-        defaults = dict(arch="timm:tf_efficientnet_lite0", size=96, batch_size=64, steps=20)
+        defaults = dict(arch="timm:tf_efficientnet_lite0", size=96, batch_size=64, steps=6,
+                        rounds=14)
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
