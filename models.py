@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (InputError, argument_parser, centre_view, decode, find_device, image_files,
-                     normalize, reading, run_script, write_csv)
+from data_lt import (WORKERS, InputError, argument_parser, centre_view, decode, find_device,
+                     image_files, normalize, reading, run_script, write_csv)
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
@@ -455,16 +456,22 @@ def label_photographs(classifier, paths, batch=32):
     be read is named on stderr and left out."""
     transform = centre_view(classifier.size, classifier.resize)
     device = classifier.mean.device
-    for start in range(0, len(paths), batch):
-        images = {}
-        for path in paths[start:start + batch]:
-            try:
-                images[path] = transform(decode(path))
-            except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
-        if images:
-            probs = classifier(torch.stack(list(images.values())).to(device)).exp()
-            yield from zip(images, probs.cpu())
+
+    def view(path):
+        """What the network sees of a photograph; None where it cannot be read."""
+        try:
+            return transform(decode(path))
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for start in range(0, len(paths), batch):
+            some = paths[start : start + batch]
+            seen = [(path, x) for path, x in zip(some, pool.map(view, some)) if x is not None]
+            if seen:
+                read, images = zip(*seen)
+                probs = classifier(torch.stack(images).to(device)).exp()
+                yield from zip(read, probs.cpu())
 
 def answer(probs, names, multi_label):
     """What is said of one photograph: [class, probability, second class, its probability]; with

@@ -219,21 +219,25 @@ def test_real_cifar100_split():
     twins = sum(image.tobytes() in train for image in data.val.images)
     assert twins <= 2, "validation images are not trained on (CIFAR has twins of its own)"
 
-def test_a_packed_split_gives_the_same_images(tmp_path, monkeypatch):
+def test_a_packed_split_gives_the_same_images(tiny, tmp_path, monkeypatch):
     path = tmp_path / "split.npz"
-    script = [sys.executable, HERE / "data_lt.py", "--dataset", "synth", "--split-seed", "5"]
-    subprocess.run([*script, "--pack", path], check=True)
-    before = load_dataset("synth", split_seed=5)
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, class_names=list("abcdef"), **np.load(tiny))
+    script = ["data_lt.py", "--dataset", str(whole), "--imb", "40", "--split-seed", "5"]
+    monkeypatch.setattr(sys, "argv", [*script, "--pack", str(path)])
+    data_lt.main()
+    before = load_dataset(str(whole), imb=40, split_seed=5)
     after = load_dataset(str(path))
+    assert len(after.train) < COUNTS.sum(), "the long-tailed draw is packed"
     for part in ("train", "val", "test"):
         one = getattr(before, part)
         two = getattr(after, part)
         assert np.array_equal(one.images, two.images)
         assert np.array_equal(one.labels, two.labels)
-    assert before.class_names == after.class_names
+    assert before.class_names == after.class_names == list("abcdef")
     with zipfile.ZipFile(path) as archive:
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_LZMA}
-    monkeypatch.setattr(sys, "argv", ["", *script[2:], "--pack", f"{tmp_path}/no/x.npz"])
+    monkeypatch.setattr(sys, "argv", [*script, "--pack", f"{tmp_path}/no/x.npz"])
     with pytest.raises(InputError, match="--pack .*: there is no folder .*/no; make it first"):
         data_lt.main()
 
@@ -531,9 +535,9 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
     files = [str(tmp_path / "new" / f"{i}.jpg") for i in range(3)]
     capsys.readouterr()  # what the runs said
     with pytest.raises(SystemExit) as ended:
-        models.main(
-            [str(out / "model.pt"), str(tmp_path / "new"), "--csv", str(tmp_path / "x.csv")]
-        )
+        models.main([str(out / "model.pt"), str(tmp_path / "new"), files[0], "--csv",
+                     str(tmp_path / "x.csv")])
+    files.append(files[0])  # once more, by name
     assert ended.value.code == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in said] == files
@@ -1341,10 +1345,11 @@ def photos(tmp_path):
             photograph(tmp_path / "photos" / part / f"class {c}" / f"{i}.png", pixels)
     return tmp_path / "photos"
 
-def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path):
+def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path, monkeypatch):
     packed = tmp_path / "packed"
-    command = [sys.executable, HERE / "data_lt.py", "--dataset", photos, "--pack", packed]
-    subprocess.run([*command, *"--size 40 --workers 0".split()], check=True)
+    flags = f"--dataset {photos} --pack {packed} --size 40 --workers 0"
+    monkeypatch.setattr(sys, "argv", ["data_lt.py", *flags.split()])
+    data_lt.main()
     data = [load_dataset(str(photos), size=35), load_dataset(str(packed))]
     assert isinstance(data[1].train.images, np.memmap)
     assert (data[1].size, data[1].resize) == ((35, 35), 40)
@@ -1954,7 +1959,7 @@ def test_pieces_can_be_lifted_out(module, names, use):
 def test_equations_carry_their_numbers(number, name):
     assert getattr(do_lt, name).__doc__.startswith(f"Eq. {number}:")
 
-def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
+def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path, monkeypatch, capsys):
     """`make gpu`, tiny, the bench too; without CUDA and the switch it is one line and code 2."""
     script = [sys.executable, str(HERE / ".ci" / "gpu.py"), "--out", str(tmp_path)]
     done = subprocess.run([*script, "--rehearse", "--only", "agreement,ResNet-32,torchrun"],
@@ -1965,10 +1970,12 @@ def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
     assert all(part["ok"] for part in parts.values()), done.stdout
     assert json.loads((tmp_path / "bench_resnet32.json").read_text())["rates"]["loop"] > 0
     assert "MISSED" in done.stdout
-    if not torch.cuda.is_available():
-        refused = subprocess.run(script, capture_output=True, text=True)
-        assert refused.returncode == 2
-        assert refused.stderr.startswith("error: no CUDA")
+    monkeypatch.syspath_prepend(str(HERE / ".ci"))
+    import gpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert capsys.readouterr().err.startswith("error: no CUDA")
 
 @pytest.fixture
 def table(monkeypatch):

@@ -30,13 +30,19 @@ DO50, BASE50 = (name.replace("imb100", "imb50") for name in (DO, BASE))
 PAPER = "paper_cifar100_imb100_resnet32_200ep"
 MIML, MIML50 = "base_bce_miml_lite0_40ep", "base_bce_miml_imb50_lite0_40ep"
 PHOTOS = "base_bsce_caltech101_lite0_14ep"
+CE_PHOTOS = "base_ce_caltech101_lite0_14ep"
 DO_PHOTOS = "do_caltech101_lite0_14ep"
+MORE_PHOTOS = "more_mse_bsce_caltech101_lite0_14ep"
 VIEWS = "results/test, mean of 3 views"
+ADJUSTED = "results/test, logit-adjusted"
+IN_VIEWS = ", 3 views"  # what ends the name of a column that is about them
+BOTH = ("clean", VIEWS)
+DO_BOTH = ("clean", "acc")
 ROUTED = "test/oracle_by_true_group"
 
 # name: (columns, rows); a row is (label, name of the runs without seed, where the figures are in
-# result.json, the paper's figures). Two names: the second's figures less the first's, pair by
-# pair, with a 95 % interval.
+# result.json, the paper's figures). Two places: of clean images, and of the mean over three views.
+# A list of two names: the second's figures less the first's, pair by pair, with a 95 % interval.
 TABLES = {
     "cifar": (GROUPS, [
         ("cross-entropy (DO's stage 1, 150 epochs)", DO, "bar/ce", "68.6 / 41.1 / 9.6 / 41.4"),
@@ -47,11 +53,14 @@ TABLES = {
         ("DO, every value as published", PAPER, "aggregations/instance",
          "67.5 / 47.8 / 44.6 / 53.8"),
     ]),
-    "photographs": (GROUPS, [
-        ("balanced softmax, clean images", PHOTOS, "clean", ""),
-        ("DO, clean images", DO_PHOTOS, "clean", ""),
-        ("DO minus balanced softmax, clean images", (PHOTOS, DO_PHOTOS), "clean", ""),
-        ("the same, mean of three views", (PHOTOS, DO_PHOTOS), (VIEWS, "acc"), ""),
+    "photographs": ((*GROUPS, f"few{IN_VIEWS}", f"all{IN_VIEWS}"), [
+        ("cross-entropy", CE_PHOTOS, BOTH, ""),
+        ("the same + logit adjustment", CE_PHOTOS, (ADJUSTED, f"{ADJUSTED}, mean of 3 views"), ""),
+        ("**balanced softmax**", PHOTOS, BOTH, ""),
+        ("**DO**", DO_PHOTOS, DO_BOTH, ""),
+        ("MORE on balanced softmax", MORE_PHOTOS, BOTH, ""),
+        ("DO minus balanced softmax", [PHOTOS, DO_PHOTOS], [BOTH, DO_BOTH], ""),
+        ("MORE minus balanced softmax", [PHOTOS, MORE_PHOTOS], [BOTH, BOTH], ""),
     ]),
     "mixtures": (GROUPS, [
         ("equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
@@ -67,11 +76,12 @@ TABLES = {
         ("DO, product", DO, "aggregations/product", ""),
     ]),
     "more": (GROUPS, [
-        ("MIML: MORE minus BCE", (MIML, MIML.replace("base", "more_mse")), VIEWS, ""),
-        ("the same, `--discrepancy l2`", (MIML, MIML.replace("base", "more_l2")), VIEWS, ""),
-        ("MIML at ratio 50: MORE minus BCE", (MIML50, MIML50.replace("base", "more_mse")), VIEWS,
-         ""),
-        ("the same, `--discrepancy l2`", (MIML50, MIML50.replace("base", "more_l2")), VIEWS, ""),
+        ("MIML: MORE minus BCE", [MIML, MIML.replace("base", "more_mse")], [VIEWS] * 2, ""),
+        ("the same, `--discrepancy l2`", [MIML, MIML.replace("base", "more_l2")], [VIEWS] * 2, ""),
+        ("MIML at ratio 50: MORE minus BCE", [MIML50, MIML50.replace("base", "more_mse")],
+         [VIEWS] * 2, ""),
+        ("the same, `--discrepancy l2`", [MIML50, MIML50.replace("base", "more_l2")],
+         [VIEWS] * 2, ""),
     ]),
 }
 
@@ -99,15 +109,23 @@ def shifted(per_class, counts, shift):
     return float(np.average(np.array(per_class, float)[seen], weights=weights[seen]))
 
 
-def figures(result, path, columns=GROUPS):
-    """The figures of `columns` in a result, found by keys with / between."""
-    found = result
+def lookup(result, path):
+    """What stands in a result under keys with / between."""
     for key in path.split("/"):
-        found = found[key]
+        result = result[key]
+    return result
+
+
+def figures(result, path, columns=GROUPS):
+    """The figures of `columns` in a result; see TABLES."""
+    first, second = (path, path) if isinstance(path, str) else path
+    found = lookup(result, first)
     values = []
     for column in columns:
         if column in GROUPS:
             values.append(found[column])
+        elif column.endswith(IN_VIEWS):
+            values.append(lookup(result, second)[column.removesuffix(IN_VIEWS)])
         else:
             values.append(shifted(found["per_class"], counts_of(result), column))
     return values
@@ -148,8 +166,8 @@ def runs(name, folder=ROOT / ".ci" / "results"):
 
 def readme_row(label, run, path, columns):
     """The cells of a row of README's tables, or None when its runs are yet to come."""
-    both = [runs(name) for name in (run if isinstance(run, tuple) else (run,))]
-    paths = path if isinstance(path, tuple) else [path] * len(both)
+    both = [runs(name) for name in (run if isinstance(run, list) else [run])]
+    paths = path if isinstance(path, list) else [path]
     seeds = [seed for seed in both[0] if seed in both[-1]]  # a run without partner is left out
     found = [[figures(results[seed], where, columns) for seed in seeds]
              for results, where in zip(both, paths)]
