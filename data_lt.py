@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -37,6 +38,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 GROUPS = ("many", "medium", "few")
+PARTS = ("train", "val", "test")
 VAL_PER_CLASS = 50  # of the left-out training images, at most so many per class serve as validation
 DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # the others: as they are
 
@@ -83,7 +85,7 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
     gets n_max, the second half n_max / imb. Source: Cao et al., NeurIPS 2019, section 4 (LDAM).
     Raises ValueError for imb < 1 or another imb_type.
     """
-    if imb < 1:
+    if not imb >= 1:
         raise ValueError(f"imb {imb}: the largest class over the smallest; give at least 1")
     c = np.arange(num_classes)
     if imb_type == "exp":
@@ -251,10 +253,9 @@ def worst_classes(predicted, labels, num_classes, worst=5):
     order = np.argsort(right / np.maximum(images, 1), kind="stable")
     found = []
     for c in order[images[order] > 0][:worst]:
-        wrong = np.bincount(predicted[(labels == c) & (predicted != c)], minlength=num_classes)
-        most = np.argsort(-wrong, kind="stable")[:3]
-        others = [(int(other), int(wrong[other])) for other in most if wrong[other]]
-        found.append((int(c), int(right[c]), int(images[c]), others))
+        wrong = predicted[(labels == c) & (predicted != c)]
+        others = Counter(np.sort(wrong).tolist()).most_common(3)
+        found.append((c, right[c], images[c], others))
     return found
 
 def show_worst_classes(logits, data):
@@ -278,11 +279,18 @@ def expected_calibration_error(probs, labels, bins=15):
     confidence, predicted = probs.double().max(1)
     correct = (predicted == labels).double()
     bin_of = (confidence * bins).ceil().long()  # bins are open on the left, closed on the right
-    bin_of = bin_of.clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.double, device=probs.device)
-    gap.index_add_(0, bin_of, confidence - correct)
+    gap = torch.bincount(bin_of.clamp(max=bins), weights=confidence - correct)
     share = gap.abs().sum() / len(labels)
     return float(100 * share)
+
+def top_1(logits, split, data):
+    """Top-1 accuracy by group and per class, and ECE, from logits N x K (or log-probabilities).
+    Nothing but None where the split is empty."""
+    if not len(split):
+        return dict.fromkeys((*GROUPS, "all", "per_class"))
+    labels = torch.from_numpy(split.labels).to(logits.device)
+    accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
+    return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
 
 def table(title, rows, columns, form=".1f"):
     """Lines of an aligned table. rows: {label: {column: number or None}}, "-" for None."""
@@ -359,20 +367,18 @@ def random_resized_crop(images, rng, size):
     n = len(images)
     area = rng.uniform(0.08, 1, n)
     ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
-    w = np.sqrt(area * ratio)  # shares of the image's sides
-    h = np.sqrt(area / ratio)
-    w = np.minimum(w, 1)
-    h = np.minimum(h, 1)
+    w = np.sqrt(area * ratio).clip(max=1)  # shares of the image's sides
+    h = np.sqrt(area / ratio).clip(max=1)
     left = rng.random(n) * (1 - w)
     top = rng.random(n) * (1 - h)
     flip = np.where(rng.random(n) < 0.5, -1, 1)
     zero = np.zeros(n)
     maps = [  # affine, 2 x 3, from the crop to the image, both with coordinates from -1 to 1
-        w * flip, zero, 2 * left + w - 1,
-        zero, h, 2 * top + h - 1,
+        [w * flip, zero, 2 * left + w - 1],
+        [zero, h, 2 * top + h - 1],
     ]
-    maps = np.stack(maps, 1).astype(np.float32)
-    maps = to_device(maps.reshape(n, 2, 3), images.device)
+    maps = np.array(maps, np.float32).transpose(2, 0, 1)  # n x 2 x 3
+    maps = to_device(maps, images.device)
     grid = F.affine_grid(maps, [n, 3, size, size], align_corners=False)
     crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return crops.round_().to(torch.uint8)
@@ -513,6 +519,10 @@ def random_view(image, seed, size):
         view = v2.functional.horizontal_flip(view)
     return v2.functional.pil_to_tensor(view)
 
+def seed_from(*key):
+    """A seed for torch that depends on all the ints of `key`."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
 class _Decoder(torch.utils.data.Dataset):
     """(position, row) -> the photograph paths[row], transformed; with a key the transform also
     gets a seed that depends on the key and the position alone, in whatever thread or process."""
@@ -523,12 +533,11 @@ class _Decoder(torch.utils.data.Dataset):
         self.key = key
 
     def __getitem__(self, item):
-        position, row = item.tolist()
+        position, row = item
         image = decode(self.paths[row])
         if self.key is None:
             return self.transform(image)
-        seed = np.random.SeedSequence([*self.key, position]).generate_state(1)
-        return self.transform(image, int(seed[0]))
+        return self.transform(image, seed_from(*self.key, position))
 
 def decoded(paths, picks, transform, key=None, workers=0, pin=False):
     """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `picks`.
@@ -536,10 +545,11 @@ def decoded(paths, picks, transform, key=None, workers=0, pin=False):
     `workers` processes decode ahead of time; 0: threads of this process decode each batch when it
     is asked for. key: see _Decoder. Raises InputError for a file that cannot be read.
     """
-    flat = np.concatenate([[], *picks]).astype(int)
-    items = np.stack([np.arange(len(flat)), flat], 1)
-    batches = np.split(items, np.cumsum([len(rows) for rows in picks])[:-1])
-    batches = batches if len(picks) else []
+    batches = []
+    position = 0
+    for rows in picks:
+        batches.append(list(enumerate(rows, position)))
+        position += len(rows)
     decoder = _Decoder(paths, transform, key)
     if not workers:
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -700,6 +710,9 @@ class Loader:
     def __init__(self, data, device, batch_size, aug="none", workers=None, stats=None):
         self.data = data
         self.device = device
+        if batch_size % WORLD or (WORLD > 1 and batch_size < 4 * WORLD):
+            raise InputError(f"--batch-size {batch_size}: the batch of all {WORLD} processes must "
+                             f"be a multiple of {WORLD}, with 4 images per process or more")
         self.batch_size = min(batch_size, len(data.train) // WORLD * WORLD)
         if not self.batch_size:
             raise InputError(f"{data.source}: {len(data.train)} training images are too few for "
@@ -710,7 +723,7 @@ class Loader:
         self.std = std.to(device)
         self.labels = torch.from_numpy(data.train.labels).to(device)
         self.sources = {}
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             images = getattr(data, part).images
             if on_disk(images):
                 self.sources[part] = DiskImages(data, images, device, aug, workers)
@@ -795,10 +808,10 @@ def fingerprint(data):
 def restore_images(data, saved, run):
     """Give the data the training images of a checkpoint's fingerprint. Photographs that are gone
     are named and left out. Raises InputError when the data are others."""
-    found = fingerprint(data)
-    if saved["class_names"] != found["class_names"]:
+    if saved["class_names"] != data.class_names:
         raise InputError(f"{run} is of a run on other classes; give another --out")
     if not on_disk(data.train.images):
+        found = fingerprint(data)
         same = torch.equal(saved["labels"], found["labels"]) and saved["images"] == found["images"]
         if not same:
             raise InputError(f"{run} is of a run on other training images; give another --out")
@@ -812,9 +825,13 @@ def restore_images(data, saved, run):
     if not there.all():
         gone = paths[~there]
         print(f"warning: {len(gone):,} training images of this run are gone and left out: "
-              f"{', '.join(gone[:5])}{' ..' if len(gone) > 5 else ''}")
+              f"{', '.join(gone[:5])}")
     data.train = Split(paths[there], saved["labels"].numpy()[there])
-    data.counts = np.array(saved["counts"])
+    data.counts = np.array(saved["counts"])  # the losses go on with the counts they began with
+    left = class_counts(data.train.labels, data.num_classes)
+    if left.min() == 0:
+        raise InputError(f"{run}: no training image of class {data.class_names[left.argmin()]} is "
+                         "left; put its images back or give another --out")
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None,
                  resumed=False):
@@ -834,20 +851,22 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":
         raise InputError("--imb-type step: give the ratio as --imb")
-    if imb != "keep" and not 1 <= imb < math.inf:
-        raise InputError(f"--imb {imb:g}: the largest class over the smallest; give at least 1")
-    if size is not None and size < 8:
-        raise InputError(f"--size {size}: the side of an image in pixels; give at least 8")
     arrays = read_dataset(name, Path(root), Path(lists or root), split_seed)
     source = str(arrays["source"])
-    if name in READERS and on_disk(arrays["train_images"]):
-        check_lists(arrays, root, resumed)
+    images = arrays["train_images"]
+    if resumed and name in READERS and on_disk(images):  # restore_images names those left out
+        there = [os.path.exists(path) for path in images]
+        arrays["train_images"] = images[there]
+        arrays["train_labels"] = arrays["train_labels"][there]
     splits, class_names = check_arrays(source, arrays)
     if imb != "keep":
         splits = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
     train = splits["train"]
     val = splits.get("val", Split(train.images[:0], train.labels[:0]))
     counts = class_counts(train.labels, len(class_names))
+    if counts.min() == 0:
+        raise InputError(f"{source}: class {class_names[counts.argmin()]} has no training image; "
+                         "drop the class, add images or take a smaller --imb")
     untested = int((class_counts(splits["test"].labels, len(class_names)) == 0).sum())
     if untested:
         print(f"warning: {untested} of {len(class_names)} classes have no test image")
@@ -876,11 +895,13 @@ def recipe_name(dataset):
     """The name whose recipe a --dataset has: its own; what was packed; "default" for another
     .npz, "folder" for another folder."""
     path = Path(dataset)
+    if dataset in READERS:
+        return dataset
     if (path / "train_images.npy").is_file():
         return read_about(path)["name"]
     if path.suffix == ".npz" and path.is_file():
         with reading(path), np.load(path) as file:
-            return str(file["name"]) if "name" in file.files else "default"
+            return str(file.get("name", "default"))
     return "folder" if path.is_dir() else dataset
 
 def image_size(source, images, size, packed):
@@ -888,18 +909,18 @@ def image_size(source, images, size, packed):
     photographs that `pack` made squares of. Raises InputError."""
     if on_disk(images):
         side = size or 224
-        return (side, side), round(side * 256 / 224), True
-    height, width = images.shape[1:3]
-    if packed:
+    else:
+        height, width = images.shape[1:3]
+        if not packed:
+            if size not in (None, height):
+                raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which "
+                                 "are used as they are; leave it out")
+            return (height, width), max(height, width), False
         side = size or height * 224 // 256
         if side > height:
             raise InputError(f"--size {side}: {source} holds images of {height} pixels; pack "
                              "larger ones or take less")
-        return (side, side), round(side * 256 / 224), True
-    if size not in (None, height):
-        raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which are used "
-                         "as they are; leave it out")
-    return (height, width), max(height, width), False
+    return (side, side), round(side * 256 / 224), True
 
 def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
     """The splits with a long-tailed draw of the training images, and those that it leaves out as
@@ -912,10 +933,6 @@ def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
         kept, left = draw(train.labels, counts, split_seed)
     except ValueError as error:
         raise InputError(f"{source} with --imb {imb:g}: {error}") from None
-    if class_counts(train.labels[kept], num_classes).min() == 0:
-        raise InputError(
-            f"--imb {imb:g}: the smallest class is left without a training image; " "take less"
-        )
     drawn = Split(train.images[kept], train.labels[kept])
     spare = Split(train.images[left], train.labels[left])
     return {"val": spare} | splits | {"train": drawn}
@@ -925,10 +942,9 @@ def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
 def check_arrays(source, arrays):
     """({"train", "test" and perhaps "val": Split}, class names) from what a reader found.
 
-    Raises InputError for wrong shapes, types or labels, an empty split, and a class without a
-    training image.
+    Raises InputError for wrong shapes, types or labels, and an empty split.
     """
-    labels = {part: whole_labels(source, arrays, part) for part in ("train", "val", "test")}
+    labels = {part: whole_labels(source, arrays, part) for part in PARTS}
     several = labels["train"].ndim == 2
     names = arrays.get("class_names")
     if names is None:
@@ -936,7 +952,7 @@ def check_arrays(source, arrays):
         names = range(found)
     names = [str(name) for name in np.atleast_1d(names)]
     splits = {}
-    for part in ("train", "val", "test"):
+    for part in PARTS:
         images = np.atleast_1d(arrays.get(f"{part}_images", []))
         absent = len(images) + len(labels[part]) == 0
         if absent and part == "val":
@@ -948,12 +964,6 @@ def check_arrays(source, arrays):
     if several and (splits["train"].labels.sum(1) == 1).all():
         print(f"note: {source} marks exactly one label per image and is taken as several labels; "
               "to train with one label, store class numbers")
-    counts = class_counts(splits["train"].labels, len(names))
-    if counts.min() == 0:
-        raise InputError(
-            f"{source}: class {names[int(counts.argmin())]} has no training image; "
-            "drop the class or add images"
-        )
     return splits, names
 
 def whole_labels(source, arrays, part):
@@ -996,15 +1006,10 @@ def check_labels(source, part, labels, num_images, num_classes, several):
         )
     least = labels.min()
     most = labels.max()
-    if several and not 0 <= least <= most <= 1:
-        raise InputError(
-            f"{source}: {key} holds numbers from {least} to {most}; several labels "
-            "per image are marked by 0 and 1"
-        )
-    if not 0 <= least <= most < num_classes:
-        raise InputError(
-            f"{source}: {key} run from {least} to {most}; they must lie in " f"0..{num_classes - 1}"
-        )
+    highest = 1 if several else num_classes - 1  # several labels are marked by 0 and 1
+    if not 0 <= least <= most <= highest:
+        raise InputError(f"{source}: {key} run from {least} to {most}; they must lie in "
+                         f"0..{highest}")
 
 # ---------------------------------------------------------------------------------------- readers
 
@@ -1032,6 +1037,7 @@ def write_file(path, write, keep_previous=False):
         return
     tmp = Path(f"{path}.tmp")
     try:
+        tmp.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         if keep_previous and Path(path).exists():
             os.replace(path, f"{path}.prev")
@@ -1039,10 +1045,11 @@ def write_file(path, write, keep_previous=False):
     except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as RuntimeError
         if "CUDA" in str(error):
             raise
-        tmp.unlink(missing_ok=True)
         why = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room, "
                          "then run it again (with --resume)") from None
+    finally:
+        tmp.unlink(missing_ok=True)
 
 def write_csv(path, head, rows):
     """write_file of a .csv: the column names, then the rows."""
@@ -1069,13 +1076,11 @@ def read_checkpoint(path):
 
 def read_npz(path):
     """The arrays of an .npz as a dict. Raises InputError when it is damaged or lacks a key."""
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    needed = ("train_images", "train_labels", "test_images", "test_labels")
-    missing = [key for key in needed if key not in arrays]
+    with reading(path), np.load(path) as file:
+        arrays = dict(file)
+    missing = {"train_images", "train_labels", "test_images", "test_labels"} - arrays.keys()
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; it has "
-                         f"{', '.join(arrays) or 'nothing'}")
+        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; it has {', '.join(arrays)}")
     return arrays
 
 def show_progress(what, done, total):
@@ -1091,84 +1096,74 @@ def pack(data, target, size, workers):
     network sees. Images in memory stay as they are. Raises InputError.
     """
     target = Path(target)
+    one_file = target.suffix == ".npz"
+    view = (data.size, data.resize) if one_file else ((size, size), size)
+    saves = {}  # what writes each array into an open file
+    for part in PARTS:
+        split = getattr(data, part)
+        saves[f"{part}_labels"] = partial(np.save, arr=split.labels)
+        saves[f"{part}_images"] = partial(save_images, split=split, view=view, workers=workers)
     about = {
         "name": recipe_name(data.name),
         "photographs": data.photographs,
         "class_names": data.class_names,
     }
-    if target.suffix == ".npz":
-        pack_file(data, target, about, workers)
-    else:
-        pack_folder(data, target, about, size, workers)
-
-def pack_file(data, target, about, workers):
-    """`pack` into an .npz: a zip with LZMA, which numpy.load reads."""
-    arrays = {}
-    for part in ("train", "val", "test"):
-        split = getattr(data, part)
-        arrays[f"{part}_labels"] = split.labels
-        arrays[f"{part}_images"] = split.images
-        if on_disk(split.images):
+    if one_file:
+        if on_disk(data.train.images):
             about["photographs"] = False  # cut to what the network sees
-            transform = centre_view(data.size, data.resize)
-            parts = list(decoded_pixels(split.images, transform, workers, part))
-            empty = np.zeros((0, *data.size, 3), np.uint8)
-            arrays[f"{part}_images"] = np.concatenate([empty, *parts])
-    arrays |= {key: np.array(value) for key, value in about.items()}
+        saves |= {key: partial(np.save, arr=value) for key, value in about.items()}
+        write_file(target, partial(save_archive, saves=saves))
+    else:
+        make_room(data, target, size)
+        for key, save in saves.items():
+            write_file(target / f"{key}.npy", partial(save_array, save=save))
+        write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
 
-    def write(tmp):
-        """One entry per array."""
-        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_LZMA) as archive:
-            for key, array in arrays.items():
-                with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
-    write_file(target, write)
-
-def pack_folder(data, target, about, size, workers):
-    """`pack` into a folder of .npy files."""
-    splits = {part: getattr(data, part) for part in ("train", "val", "test")}
+def make_room(data, target, size):
+    """The folder that `pack` writes into, without the mark of a whole pack, about.json. Raises
+    InputError when the disk has too little room."""
     needed = 0
-    for split in splits.values():
-        each = size * size * 3 if on_disk(split.images) else split.images[:1].nbytes
-        needed += each * len(split)
+    for part in PARTS:
+        images = getattr(data, part).images
+        needed += len(images) * size * size * 3 if on_disk(images) else images.nbytes
     with reading(target, "give a folder that can be written as --pack"):
         target.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target).free
         if free < needed:
             raise InputError(f"--pack {target}: needs {needed / 2 ** 30:.1f} GiB, of which "
                              f"{free / 2 ** 30:.1f} are free; make room")
-        (target / "about.json").unlink(missing_ok=True)  # written last: it marks a whole pack
-    for part, split in splits.items():
-        write_file(target / f"{part}_labels.npy", partial(save_array, array=split.labels))
-        if on_disk(split.images):
-            transform = centre_view((size, size), size)
-            shape = (len(split), size, size, 3)
-            parts = decoded_pixels(split.images, transform, workers, part)
-            write_file(target / f"{part}_images.npy", partial(save_parts, shape=shape, parts=parts))
-        else:
-            write_file(target / f"{part}_images.npy", partial(save_array, array=split.images))
-    write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
+        (target / "about.json").unlink(missing_ok=True)
 
-def save_array(path, array):
-    """An array as .npy, whatever the name of the file."""
+def save_archive(path, saves):
+    """An .npz by LZMA, which numpy.load reads."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for key, save in saves.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                save(file)
+
+def save_array(path, save):
+    """An .npy, whatever the name of the file."""
     with open(path, "wb") as file:
-        np.save(file, array)
+        save(file)
 
-def save_parts(path, shape, parts):
-    """A uint8 array of `shape` as .npy, part by part."""
-    with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(part.tobytes())
+def save_images(file, split, view, workers):
+    """A split's images as .npy into an open file. Photographs become arrays, part by part; view:
+    the (H, W) that is cut out, and to how many pixels the shorter side is brought before."""
+    if not on_disk(split.images):
+        np.save(file, split.images)
+        return
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *view[0], 3)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in decoded_pixels(split.images, centre_view(*view), workers):
+        file.write(part.tobytes())
 
-def decoded_pixels(paths, transform, workers, name):
+def decoded_pixels(paths, transform, workers):
     """The photographs `paths` as uint8 arrays n x H x W x 3, with progress."""
     picks = np.split(np.arange(len(paths)), range(256, len(paths), 256))
     done = 0
     for x in decoded(paths, picks if len(paths) else [], transform, workers=workers):
         done += len(x)
-        show_progress(name, done, len(paths))
+        show_progress("photographs packed", done, len(paths))
         yield x.permute(0, 2, 3, 1).contiguous().numpy()
 
 def read_about(folder):
@@ -1181,17 +1176,18 @@ def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
     arrays = read_about(folder)
     with reading(folder, "write it again with --pack"):
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             arrays[f"{part}_labels"] = np.load(folder / f"{part}_labels.npy")
             images = np.load(folder / f"{part}_images.npy", mmap_mode="c")  # copy on write
             arrays[f"{part}_images"] = images
     return arrays
 
-def read_cifar(name, root, lists=None, split_seed=0):
+def read_cifar(name, root, lists, split_seed):
     """CIFAR from ROOT/NAME.npz, else through torchvision, which downloads it when its files are
     absent (process 0 first). Raises InputError when that fails."""
-    if (root / f"{name}.npz").exists():
-        return {"source": root / f"{name}.npz"} | read_npz(root / f"{name}.npz")
+    file = root / f"{name}.npz"
+    if file.exists():
+        return {"source": file} | read_npz(file)
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         if RANK and dist.is_initialized():
@@ -1214,7 +1210,7 @@ def read_cifar(name, root, lists=None, split_seed=0):
     }
 
 IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 def image_files(folder, skipped=None):
     """Paths of the images below a folder, sorted. Names with a dot in front are ignored; other
@@ -1229,11 +1225,11 @@ def image_files(folder, skipped=None):
                 skipped[Path(name).suffix.lower() or name] += 1
     return found
 
-def read_folder(path, split_seed=0):
+def read_folder(path, split_seed):
     """A folder with train/CLASS/* and test/CLASS/* (and val/, valid/ or validation/), or a flat
     one, CLASS/*, which is split. Raises InputError."""
     skipped = Counter()
-    places = {part: path / name for name, part in PARTS.items() if (path / name).is_dir()}
+    places = {part: path / name for name, part in FOLDERS.items() if (path / name).is_dir()}
     if places:
         names, files = read_parts(path, places, skipped)
     else:
@@ -1259,9 +1255,6 @@ def read_parts(path, places, skipped):
             raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
         found = [image_files(place / name, skipped) for name in names]
         sizes = [len(paths) for paths in found]
-        if part == "train" and 0 in sizes:
-            empty = place / names[sizes.index(0)]
-            raise InputError(f"{empty}: no image in it; every class folder needs some")
         paths = [file for paths in found for file in paths]
         files[part] = paths, np.repeat(np.arange(len(names)), sizes)
     return names, files
@@ -1272,43 +1265,22 @@ def split_flat_folder(path, split_seed, skipped):
     be few-shot keep their validation images for training."""
     names = class_folders(path)
     rng = np.random.RandomState(split_seed)
-    files = {part: ([], []) for part in ("train", "val", "test")}
+    files = {part: ([], []) for part in PARTS}
     for c, name in enumerate(names):
         found = image_files(path / name, skipped)
         n = len(found)
         if n < 2:
             raise InputError(f"{path / name}: {n} images; a class needs one to train on and one to "
                              "test on")
-        found = [found[i] for i in rng.permutation(n)]
         tests = max(1, n // 5)
         vals = n // 10 if n - tests - n // 10 >= 20 else 0
-        for part, some in (
-            ("test", found[:tests]),
-            ("val", found[tests:tests + vals]),
-            ("train", found[tests + vals:]),
-        ):
-            files[part][0].extend(sorted(some))
+        pieces = np.split(rng.permutation(found), [tests, tests + vals])
+        for part, some in zip(("test", "val", "train"), pieces):
+            files[part][0].extend(sorted(some.tolist()))
             files[part][1].extend([c] * len(some))
     print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
           "training, 10 % validation, 20 % test images (at least one; small classes keep the rest)")
     return names, files
-
-def check_lists(arrays, root, resumed):
-    """Raise InputError when photographs that a list names are absent. In a resumed run those for
-    training are left out instead; restore_images names them."""
-    if resumed:
-        there = np.array([os.path.exists(path) for path in arrays["train_images"]], dtype=bool)
-        arrays["train_images"] = arrays["train_images"][there]
-        arrays["train_labels"] = arrays["train_labels"][there]
-    everything = []
-    for part in ("train", "val", "test"):
-        everything.extend(arrays.get(f"{part}_images", []))
-    absent = [path for path in everything if not os.path.exists(path)]
-    if absent:
-        raise InputError(
-            f"--data-root {root}: {len(absent):,} of {len(everything):,} images are not there, "
-            f"the first: {', '.join(absent[:3])}; put them there or give the folder that holds them"
-        )
 
 def check_photographs(paths):
     """Open the headers of all photographs, in parallel and with progress. Raises InputError with
@@ -1319,17 +1291,18 @@ def check_photographs(paths):
             with Image.open(path):
                 return None
         except Exception as error:  # a garbled file fails in a dozen ways
-            return type(error).__name__
+            return f"{path} ({type(error).__name__})"
     bad = []
     with ThreadPoolExecutor(16) as pool:
-        for done, reason in enumerate(pool.map(broken, paths), 1):
-            if reason:
-                bad.append(f"{paths[done - 1]} ({reason})")
+        for done, problem in enumerate(pool.map(broken, paths), 1):
+            if problem:
+                bad.append(problem)
             if len(paths) >= 2000 and (done % 1000 == 0 or done == len(paths)):
                 show_progress("photographs checked", done, len(paths))
     if bad:
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
-                         f"{bad[0]}; replace or remove them")
+                         f"{bad[0]}; replace or remove them, or give the folder that holds them "
+                         "as --data-root")
 
 def class_folders(place):
     """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
@@ -1349,7 +1322,6 @@ def as_arrays(parts, names):
 def read_list(path):
     """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
     iNaturalist's json. Raises InputError."""
-    path = Path(path)
     with reading(path, "give the folder of the published lists as --lists"):
         if path.suffix == ".json":
             content = json.loads(path.read_text())
@@ -1358,15 +1330,12 @@ def read_list(path):
             return [i["file_name"] for i in images], [[classes[i["id"]]] for i in images]
         paths = []
         labels = []
-        for line in path.read_text(encoding="utf-8-sig").replace("\t", " ").splitlines():
+        for line in path.read_text(encoding="utf-8-sig").splitlines():
             line = line.strip()
-            words = line.split(" ") if line.strip() else []
-            numbers = []
-            while len(words) > 1 and words[-1].lstrip("-").isdigit():
-                numbers.insert(0, int(words.pop()))
-            if words:
-                paths.append(" ".join(words))  # a path may hold blanks
-                labels.append(numbers)
+            name = re.sub(r"(\s+-?\d+)+$", "", line)  # a path may hold blanks
+            if name:
+                paths.append(name)
+                labels.append([int(n) for n in line[len(name):].split()])
         return paths, labels
 
 def find_list(lists, choices, published):
@@ -1388,15 +1357,13 @@ def find_list(lists, choices, published):
 def multi_hot(rows, num_classes, source):
     """uint8 0/1 N x K from a list of N lists of class indices. Raises InputError, naming
     `source`, when one is not in 0..K-1."""
-    flat = np.array([c for row in rows for c in row] or [-1])
-    if not 0 <= flat.min() <= flat.max() < num_classes:
-        raise InputError(
-            f"{source}: classes {flat.min()} to {flat.max()}; they must lie in "
-            f"0..{num_classes - 1}"
-        )
+    found = {c for row in rows for c in row}
+    if not found <= set(range(num_classes)):
+        raise InputError(f"{source}: classes {min(found)} to {max(found)}; they must lie in "
+                         f"0..{num_classes - 1}")
     labels = np.zeros((len(rows), num_classes), np.uint8)
-    image = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    labels[image, flat] = 1
+    for row, classes in zip(labels, rows):
+        row[list(classes)] = 1
     return labels
 
 # (classes, most and fewest images of one), then the lists and their lengths, as published: Liu et
@@ -1422,7 +1389,7 @@ PUBLISHED = {
     ),
 }
 
-def read_published(name, root, lists, split_seed=0):
+def read_published(name, root, lists, split_seed):
     """imagenet_lt, places_lt or inat18 from its list files.
 
     Warns when a list has not the published number of images or classes. Raises InputError for an
@@ -1432,7 +1399,7 @@ def read_published(name, root, lists, split_seed=0):
     lists = lists / name if (lists / name).is_dir() else lists
     published = PUBLISHED[name]
     parts = {}
-    for part in [part for part in ("train", "val", "test") if part in published]:
+    for part in [part for part in PARTS if part in published]:
         found, paths, classes = find_list(lists, *published[part])
         with reading(found, "its lines are `path class`: copy or download the list again"):
             labels = np.array(classes, np.int64)[:, 0]
@@ -1460,7 +1427,7 @@ def published_names(found, paths, labels, published):
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
        "person pottedplant sheep sofa train tvmonitor").split()
 
-def read_voc_mlt(root, lists, split_seed=0):
+def read_voc_mlt(root, lists, split_seed):
     """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, tested on VOC 2007 test.
 
     By voc_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and VOC's annotations.
@@ -1490,7 +1457,7 @@ def voc_classes(folder, image_id):
         names = {entry.findtext("name") for entry in objects}
         return sorted(VOC.index(name) for name in names)
 
-def read_coco_mlt(root, lists, split_seed=0):
+def read_coco_mlt(root, lists, split_seed):
     """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, tested on COCO 2017 val.
 
     By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and COCO's
@@ -1502,7 +1469,8 @@ def read_coco_mlt(root, lists, split_seed=0):
     found, files, names = coco_annotations(root, "val")
     if not all(train_classes):
         known = coco_annotations(root, "train")[0]
-        train_classes = [known.get(int(i), ()) for i in train_ids]
+        with reading(source, "its lines are COCO's image numbers: copy or download it again"):
+            train_classes = [known.get(int(i), ()) for i in train_ids]
     train_paths = [f"{root}/train2017/{i:0>12}.jpg" for i in train_ids]
     test_paths = [f"{root}/val2017/{files[i]}" for i in found]
     parts = {
@@ -1524,7 +1492,7 @@ def coco_annotations(root, part):
         files = {i["id"]: i["file_name"] for i in content["images"]}
         return found, files, [c["name"] for c in categories]
 
-def read_miml(root, lists=None, split_seed=0):
+def read_miml(root, lists, split_seed):
     """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels.
 
     In ROOT/miml or ROOT: images/1.jpg .. and labels.csv, or the published `miml data.mat`
@@ -1535,11 +1503,10 @@ def read_miml(root, lists=None, split_seed=0):
     remedy = f"put labels.csv or `miml data.mat` into {base}, the photographs into {base}/images"
     with reading(base, remedy):
         if (base / "labels.csv").is_file():
-            lines = (base / "labels.csv").read_text().split()
-            head, *rows = [line.split(",") for line in lines]
-            names = head[1:]
-            files = [row[0] for row in rows]
-            labels = np.array([row[1:] for row in rows], np.int64)
+            cells = np.loadtxt(base / "labels.csv", str, comments=None, delimiter=",")
+            names = cells[0, 1:]
+            files = cells[1:, 0]
+            labels = cells[1:, 1:].astype(np.int64)
         else:
             targets = scipy.io.loadmat(base / "miml data.mat")["targets"]
             labels = (targets.T > 0).astype(np.int64)
@@ -1549,11 +1516,8 @@ def read_miml(root, lists=None, split_seed=0):
     rng = np.random.RandomState(split_seed)
     order = rng.permutation(n)
     parts = {}
-    for part, picked in (
-        ("test", order[: n * 2 // 5]),
-        ("val", order[n * 2 // 5 : n // 2]),
-        ("train", order[n // 2 :]),
-    ):
+    pieces = np.split(order, [n * 2 // 5, n // 2])
+    for part, picked in zip(("test", "val", "train"), pieces):
         picked = np.sort(picked)
         parts[part] = [f"{base}/images/{files[i]}" for i in picked], labels[picked]
     return as_arrays(parts, names)
@@ -1562,7 +1526,7 @@ SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden g
           "harbor house lake moon mountain nighttime ocean plants railroad rainbow reflection road "
           "sky snow street sunset temple town valley water waterfall window").split()
 
-def read_nuswide_scene(root, lists, split_seed=0):
+def read_nuswide_scene(root, lists, split_seed):
     """NUS-WIDE's 33 scenes (Chua et al., CIVR 2009) from its published files in `lists`:
     ImageList/TrainImagelist.txt, Groundtruth/TrainTestLabels/Labels_SCENE_Train.txt, and the same
     of Test. Photographs in ROOT/Flickr; those without a scene are left out. Raises InputError."""
@@ -1606,7 +1570,7 @@ def draw_ripples(labels, rng):
     images = back + ink * wave + noise
     return images.clip(0, 255).astype(np.uint8)
 
-def read_synth(root, lists=None, split_seed=0):
+def read_synth(root, lists, split_seed):
     """Ten classes of 32x32 images (draw_ripples), per class 300 for training, of which the
     long-tailed draw keeps a part, 30 for validation and 60 for testing."""
     rng = np.random.default_rng(split_seed)
@@ -1673,9 +1637,13 @@ def several(kind):
     read.__name__ = f"{kind.__name__} list"
     return read
 
-def ratio(text):
-    """The type of --imb: a number, or "keep"."""
-    return text if text == "keep" else float(text)
+def either(word, kind):
+    """A flag's type: this word, or what the type `kind` reads."""
+    def read(text):
+        """The word, or the number that the text says."""
+        return text if text == word else kind(text)
+    read.__name__ = kind.__name__
+    return read
 
 def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
@@ -1685,18 +1653,20 @@ def add_data_arguments(parser):
     add("--data-root", default="data",
         help="where NAME.npz, torchvision's files or listed images are")
     add("--lists", help="folder of the published list files (default: the data root)")
-    add("--imb", type=ratio,
+    add("--imb", type=either("keep", number(least=1)),
         help="largest class over smallest, or keep: the data as they are (default: cifar 100, "
              "synth 60, else keep)")
     add("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts")
     add("--split-seed", type=number(int, 0, below=2 ** 32), default=0,
         help="images the split keeps; 0: LDAM-DRW's")
-    add("--size", type=int,
+    add("--size", type=number(int, 8),
         help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
 
 def load_from_flags(args):
     """load_dataset by the flags of add_data_arguments, and a printed line of what it is: its
     images, and its classes by group."""
+    if args.imb is None:
+        args.imb = DEFAULT_IMB.get(args.dataset)
     data = load_dataset(
         args.dataset,
         args.data_root,
@@ -1737,7 +1707,7 @@ def show_split(data):
     rows = {}
     for name, classes in data.groups.items():
         rows[name] = {"classes": len(classes)}
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             per_class = class_counts(getattr(data, part).labels, data.num_classes)
             rows[name][part] = int(per_class[classes].sum())
     print(table("group", rows, ("classes", "train", "val", "test"), ",d"))
@@ -1757,10 +1727,6 @@ def main():
     parser.add_argument("--workers", type=number(int, 0), default=WORKERS,
                         help="processes that decode photographs for --pack")
     args = parser.parse_args()
-    file = args.pack and args.pack.endswith(".npz")
-    if file and not Path(args.pack).parent.is_dir():
-        raise InputError(f"--pack {args.pack}: there is no folder {Path(args.pack).parent}; make "
-                         "it first")
     data = load_from_flags(args)
     show_split(data)
     if args.pack:

@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch.optim.swa_utils import update_bn
 
-from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser, expected_calibration_error,
-                     find_device, fingerprint, group_accuracy, group_means, load_from_flags,
-                     number, read_checkpoint, reading, recipe_name, restore_images, run_script,
-                     several, show_table, show_worst_classes, write_csv, write_file)
+from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
+                     add_system_arguments, all_sum, argument_parser, either, find_device,
+                     fingerprint, group_means, load_from_flags, number, read_checkpoint, reading,
+                     recipe_name, restore_images, run_script, seed_from, several, show_table,
+                     show_worst_classes, top_1, write_csv, write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model,
                     classifier_content, clock, keep_stage_rest, network_stats, owned_layers,
                     plain_state, precision_rates, submodel_state, weight_layers)
@@ -141,7 +141,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--order", help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
     add("--rho", type=share, help="draws and margin of medium classes in their stage")
-    add("--gamma", type=lambda text: text if text == "auto" else several(share)(text),
+    add("--gamma", type=several(either("auto", share)),
         help="share pruned after each stage but the last, as 0.5,0.8; auto: measured")
     add("--few-sampling", choices=["balanced", "inverse"], default="balanced",
         help="draws of the few stage")
@@ -156,7 +156,7 @@ def parse_args(argv=None):
     add("--tpd-steps", type=number(int, 1), default=10, help="steps of gradual pruning, Eq. 4's dt")
     add("--tpd-iters", type=number(int, 1), help="retraining iterations after each pruning step")
     add("--tpd-lr", type=number(above=0), help="peak rate of the retraining")
-    add("--reinit", type=lambda text: text if text == "keep" else number(least=0)(text),
+    add("--reinit", type=either("keep", number(least=0)),
         help="scale of the fresh weights over Kaiming's; keep: pruned weights keep their values")
     add("--agg", choices=["product", "instance", "group", "mean"],
         help="the mixture that is reported, the paper's: instance (model.pt has the product)")
@@ -164,9 +164,8 @@ def parse_args(argv=None):
     add_system_arguments(parser)
     args = parser.parse_args(argv)
     given = {key for key, value in vars(args).items() if value is not None}
-    for key, value in recipe(args).items():
-        if key not in given:
-            setattr(args, key, value)
+    parser.set_defaults(**recipe(args))
+    args = parser.parse_args(argv)
     args.order = args.order.split(",")
     both = "medium" in args.order and {"medium-top", "medium-low"} & set(args.order)
     if set(args.order) - set(STAGES) or len(set(args.order)) != len(args.order) or both:
@@ -175,8 +174,6 @@ def parse_args(argv=None):
     T = len(args.order)
     for key, n in (("epochs", T), ("lr", T), ("gamma", T - 1)):
         values = getattr(args, key)
-        if values == "auto":
-            continue
         if key in given and len(values) not in (1, n):
             raise InputError(f"--{key}: {len(values)} values for --order {','.join(args.order)}; "
                              f"give {max(n, 1)}, or one for all")
@@ -195,7 +192,6 @@ def recipe(args):
     values per stage come from "default".
     """
     name = recipe_name(args.dataset)
-    args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
     default = RECIPES["default"]
     chosen = default | RECIPES.get(name, {})
     published = {}
@@ -216,9 +212,8 @@ def settle(args, data):
     A stage without classes is left out, with its epochs, rate and gamma, except a first "many",
     which then serves all classes. Raises InputError.
     """
-    gammas = [None] * len(args.order) if args.gamma == "auto" else [*args.gamma, None]
     kept = []
-    for name, *values in zip(args.order, args.epochs, args.lr, gammas):
+    for name, *values in zip(args.order, args.epochs, args.lr, [*args.gamma, None]):
         if len(stage_classes(data.counts, name)) or (name == "many" and not kept):
             kept.append((name, *values))
         else:
@@ -229,12 +224,10 @@ def settle(args, data):
             "dataset; begin with many"
         )
     args.order, args.epochs, args.lr, gammas = map(list, zip(*kept))
-    if args.gamma != "auto":
-        args.gamma = gammas[:-1]
-        return
-    for name in args.order[:-1]:
+    args.gamma = gammas[:-1]
+    for name, gamma in zip(args.order, args.gamma):
         classes = stage_classes(data.counts, name)
-        if len(classes) and not np.isin(data.val.labels, classes).any():
+        if gamma == "auto" and len(classes) and not np.isin(data.val.labels, classes).any():
             raise InputError(
                 "--gamma auto measures on validation images of each stage's classes; "
                 f"{name} has none"
@@ -387,7 +380,7 @@ def cpo(network, t, stage, loader, run):
     for epoch in range(resumed.get("epoch", 0), stage.epochs):
         began = clock(loader.device)
         key = [args.seed, t, 1, epoch]
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        torch.manual_seed(seed_from(*key))
         rates = learning_rates(stage.lr, epoch, stage.epochs, loader.steps, schedule, warmup)
         picks = loader.draw(stage.probs, args.seed * 1000 + t, epoch)
         batches = loader.batches(picks, key, args.mixup)
@@ -401,7 +394,7 @@ def cpo(network, t, stage, loader, run):
         row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
         row["val"] = None
         if epoch % 10 == 9 or epoch + 1 == stage.epochs:
-            row["val"] = scored(loader.predict(network, "val")[0], data.val, data)["all"]
+            row["val"] = top_1(loader.predict(network, "val")[0], data.val, data)["all"]
         run.log(row, images, seconds, images * sum(args.epochs))
         run.save(model, optimizer, stage=t, epoch=epoch + 1, rest=model.stage_rest)
     if t == 1:
@@ -438,16 +431,17 @@ def gradual_ratio(step, dt, g0, g1):
 def last_ratio_before_largest_drop(ratios, accuracies):
     """gamma_best ("Taylor-guided Parameter Decoupling"): the ratio after which accuracy falls
     most, but never the first: the next stage needs free weights."""
-    drops = np.array(accuracies[1:-1]) - np.array(accuracies[2:])
-    return ratios[1 + int(drops.argmax())]
+    changes = np.diff(accuracies[1:])
+    return ratios[1 + int(changes.argmin())]
 
 def importance(network, layers, classes, log_alpha, loader, images, kind="taylor", generator=None):
     """taylor_importance of the weights of `layers` to `classes`, by at most `images` training
     images of each, not augmented. Processes share the classes and all get the same scores."""
     network.eval()
-    data = loader.data
-    order = np.argsort(data.train.labels, kind="stable")
-    by_class = np.split(order, np.cumsum(data.counts)[:-1])
+    labels = loader.data.train.labels
+    order = np.argsort(labels, kind="stable")
+    edges = np.cumsum(np.bincount(labels))[:-1]
+    by_class = np.split(order, edges)
     mine = classes[RANK::WORLD]
 
     def losses():
@@ -535,7 +529,7 @@ def sweep_gamma(network, t, stage, loader, run):
     for i, ratio in enumerate(ratios):
         if i > 0:
             prune(network, ratios[i - 1], ratio, t, stage, draws[i * n : (i + 1) * n], loader, args)
-        per_class = scored(loader.predict(network, "val")[0], data.val, data)["per_class"]
+        per_class = top_1(loader.predict(network, "val")[0], data.val, data)["per_class"]
         known = [per_class[c] for c in stage.classes if per_class[c] is not None]
         curve.append((ratio, float(np.mean(known))))
         states.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -580,10 +574,10 @@ def tpd(network, t, stage, loader, run):
         generator = torch.Generator().manual_seed(args.seed * 1000 + t)
         values = fresh_values(model, args.reinit, generator)
     if t < len(args.order):
-        if args.gamma == "auto":
+        gamma = args.gamma[t - 1]
+        if gamma == "auto":
             gamma = sweep_gamma(network, t, stage, loader, run)
         else:
-            gamma = args.gamma[t - 1]
             n = args.tpd_steps * args.tpd_iters
             picks = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n)
             prune(network, 0.0, gamma, t, stage, picks, loader, args)
@@ -646,6 +640,7 @@ def group_weights(p1, p2):
 
 def product_bias(b, d, counts):
     """b log N_c + d [c is medium], (K,). counts: (K,) tensor."""
+    counts = torch.as_tensor(counts, dtype=b.dtype, device=b.device)
     medium = (counts >= 20) & (counts <= 100)
     return b * counts.log() + d * medium
 
@@ -666,6 +661,7 @@ def fit_product(logp, labels, counts):
     They calibrate the sub-models (Guo et al., ICML 2017) and take off their priors (Menon et al.,
     ICLR 2021). logp: T x N x K; labels: int (N,); counts: (K,) tensor.
     """
+    labels = torch.as_tensor(labels, device=logp.device)
     rare = 1 / torch.bincount(labels, minlength=len(counts)).clamp_min(1)[labels].float()
     start = [1 / len(logp)] * len(logp) + [0.0, 0.0]
     weights = torch.tensor(start, device=logp.device, requires_grad=True)
@@ -688,21 +684,12 @@ def enough_to_fit(labels, stages, num_classes):
     found = np.bincount(labels, minlength=num_classes)
     return all((found[stage.classes] >= 5).mean() >= 0.5 for stage in stages)
 
-def scored(logits, split, data):
-    """Top-1 accuracy by group and per class, and ECE, from logits N x K (or log-probabilities).
-    Nothing but None where the split is empty."""
-    if not len(split):
-        return dict.fromkeys((*GROUPS, "all", "per_class"))
-    labels = torch.from_numpy(split.labels).to(logits.device)
-    accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
-    return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
-
 def record(network, label, loader, run):
     """Accuracy on clean images as the stages pass, for the paper's Table 7."""
     data = loader.data
     entry = {
-        "acc": scored(loader.predict(network, "test")[0], data.test, data),
-        "val": scored(loader.predict(network, "val")[0], data.val, data),
+        "acc": top_1(loader.predict(network, "test")[0], data.test, data),
+        "val": top_1(loader.predict(network, "val")[0], data.val, data),
     }
     run.report.setdefault("submodels", {})[label] = entry
     shown = [f"{g} {v:.1f}" for g in (*GROUPS, "all") if (v := entry["acc"][g]) is not None]
@@ -723,25 +710,6 @@ def importance_by_group(network, loader, images):
             result[name] = total / sum(score.numel() for score in scores)
     return result
 
-def mixtures(probs, weights, data):
-    """({name: log-probabilities N x K} of the four mixtures, lambda N x T of the instance
-    weights, lambda (T,) of the whole test set).
-
-    probs: T x V x N x K, view 0 clean; weights: of the product. Probabilities (in the product
-    their logarithms) are averaged over all views; lambda comes from the first two random views.
-    """
-    counts = torch.tensor(data.counts, dtype=torch.float32, device=probs.device)
-    mean = probs.mean(1)
-    instance = instance_weights(probs[:, 1], probs[:, 2])
-    group = group_weights(probs[:, 1], probs[:, 2])
-    mixed = {
-        "instance": torch.einsum("tuk,ut->uk", mean, instance).log(),
-        "group": torch.einsum("tuk,t->uk", mean, group).log(),
-        "mean": mean.mean(0).log(),
-        "product": product_of_experts(mean_log(probs), weights, counts),
-    }
-    return mixed, instance, group
-
 def mean_log(probs):
     """Mean over the views of the logarithms: T x V x N x K -> T x N x K."""
     return probs.clamp_min(1e-12).log().mean(1)
@@ -756,11 +724,21 @@ def oracle(probs, labels, stages, num_classes):
     return torch.einsum("tuk,ut->uk", probs, route[labels])
 
 def aggregate(probs, weights, split, stages, data):
-    """The four mixtures of the sub-models, each alone, and two diagnoses that use labels; see
-    mixtures for the arguments."""
-    mixed, instance, group = mixtures(probs, weights, data)
-    labels = torch.from_numpy(split.labels).to(probs.device)
+    """The four mixtures of the sub-models, each alone, and two diagnoses that use labels.
+
+    probs: T x V x N x K, view 0 clean; weights: of the product. Probabilities (in the product
+    their logarithms) are averaged over all views; lambda comes from the first two random views.
+    """
     mean = probs.mean(1)
+    instance = instance_weights(probs[:, 1], probs[:, 2])
+    group = group_weights(probs[:, 1], probs[:, 2])
+    mixed = {
+        "instance": torch.einsum("tuk,ut->uk", mean, instance).log(),
+        "group": torch.einsum("tuk,t->uk", mean, group).log(),
+        "mean": mean.mean(0).log(),
+        "product": product_of_experts(mean_log(probs), weights, data.counts),
+    }
+    labels = torch.from_numpy(split.labels).to(probs.device)
     by_group = {}
     for name, classes in data.groups.items():
         chosen = instance[torch.from_numpy(np.isin(split.labels, classes)).to(probs.device)]
@@ -771,9 +749,9 @@ def aggregate(probs, weights, split, stages, data):
         "product": weights.tolist(),
         "group_lambda": group.tolist(),
         "lambda_by_group": by_group,
-        "aggregations": {name: scored(logp, split, data) for name, logp in mixed.items()},
-        "alone": [scored(p.log(), split, data) for p in mean],
-        "oracle_by_true_group": scored(routed.log(), split, data),
+        "aggregations": {name: top_1(logp, split, data) for name, logp in mixed.items()},
+        "alone": [top_1(p.log(), split, data) for p in mean],
+        "oracle_by_true_group": top_1(routed.log(), split, data),
         "at_least_one_right": 100 * one_right.item(),
     }
 
@@ -781,18 +759,18 @@ def baselines(test, val, data, fitted, loss):
     """What DO has to beat, from stage 1's network before TPD: cross-entropy, the same with post-hoc
     logit adjustment (Menon et al., ICLR 2021: tau 1) and, if the product is fitted, with fitted
     weights. --loss balanced: balanced softmax. test, val: 1 x V x N x K probabilities."""
-    counts = torch.tensor(data.counts, dtype=torch.float32, device=test.device)
     kinds = {"ce": [1.0, 0.0, 0.0], "ce_la": [1.0, -1.0, 0.0]}
     if loss == "balanced":
         kinds = {"bsce": [1.0, 0.0, 0.0]}
     if fitted:
-        labels = torch.from_numpy(data.val.labels).to(test.device)
         first = next(iter(kinds))
-        kinds[f"{first}_fitted"] = fit_product(mean_log(val), labels, counts).tolist()
+        weights = fit_product(mean_log(val), data.val.labels, data.counts)
+        kinds[f"{first}_fitted"] = weights.tolist()
     found = {}
     for name, weights in kinds.items():
         weights = torch.tensor(weights, device=test.device)
-        found[name] = scored(product_of_experts(mean_log(test), weights, counts), data.test, data)
+        logits = product_of_experts(mean_log(test), weights, data.counts)
+        found[name] = top_1(logits, data.test, data)
     return found
 
 def test_time(model, stages, loader, run):
@@ -802,7 +780,6 @@ def test_time(model, stages, loader, run):
     data = loader.data
     report = run.report
     T = len(stages)
-    counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
     with reading(run.folder / "stage1.pt", "copy it from where the run was begun"):
         first = torch.load(run.folder / "stage1.pt", map_location="cpu", weights_only=True)
     states = {"stage 1 before TPD": first}
@@ -824,8 +801,7 @@ def test_time(model, stages, loader, run):
     weights = torch.tensor([1 / T] * T + [0.0, 0.0], device=loader.device)
     report["fitted"] = enough_to_fit(data.val.labels, stages, data.num_classes)
     if report["fitted"]:
-        labels = torch.from_numpy(data.val.labels).to(loader.device)
-        weights = fit_product(mean_log(val[1:]), labels, counts)
+        weights = fit_product(mean_log(val[1:]), data.val.labels, data.counts)
     else:
         print(
             "\nThe product is not fitted, its sub-models get equal weights: fitting needs 5 "
@@ -838,8 +814,8 @@ def test_time(model, stages, loader, run):
     if stages[0].name == "many":
         report["bar"] = baselines(test[:1], val[:1], data, report["fitted"], args.loss)
     report["eval_seconds"] = clock(loader.device) - began
-    bias = product_bias(weights[T], weights[T + 1], counts)
-    return [states[f"sub-model {t}"] for t in range(1, T + 1)], weights[:T], bias
+    bias = product_bias(weights[T], weights[T + 1], data.counts)
+    return list(states.values())[1:], weights[:T], bias
 
 # ----------------------------------------------------------------------------------------- report
 
@@ -904,43 +880,33 @@ def main(argv=None):
     add_owner_masks(model, args.prune_classifier)
     model.stage_rest = resumed.get("rest", {})
     with run:
-        return decouple_and_mix(model, stages, loader, run)
+        network = prepare(model, loader, run)
+        for t, stage in enumerate(stages, 1):
+            if t >= resumed.get("stage", 1):
+                cpo(network, t, stage, loader, run)  # Eq. 1-3
+                tpd(network, t, stage, loader, run)  # Eq. 4; the last stage keeps all
+        states, weights, bias = test_time(model, stages, loader, run)  # Eq. 5
 
-def decouple_and_mix(model, stages, loader, run):
-    """The stages, test time, tables and files of a run; returns the result."""
-    args = run.args
-    data = loader.data
-    network = prepare(model, loader, run)
-    for t, stage in enumerate(stages, 1):
-        if t >= run.resumed.get("stage", 1):
-            cpo(network, t, stage, loader, run)  # Eq. 1-3
-            tpd(network, t, stage, loader, run)  # Eq. 4; the last stage keeps all
-    states, weights, bias = test_time(model, stages, loader, run)  # Eq. 5
-
-    report = run.report
-    saved = classifier_content(args.arch, loader, states, weights, bias)
-    classifier = Classifier(saved).to(loader.device)
-    logits = loader.predict(classifier.experts, "test")[0]
-    report["clean"] = scored(logits, data.test, data)
-    show_report(report, run)
-    show_worst_classes(logits, data)
-    return finish(run, "do", report["aggregations"][args.agg], saved, loader)
+        report = run.report
+        saved = classifier_content(args.arch, loader, states, weights, bias)
+        classifier = Classifier(saved).to(device)
+        logits = loader.predict(classifier.experts, "test")[0]
+        report["clean"] = top_1(logits, data.test, data)
+        show_report(report, run)
+        show_worst_classes(logits, data)
+        return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
 
 def start(args):
     """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
-    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device or an
-    indivisible batch."""
+    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device."""
     device = find_device(args.device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
-        if args.batch_size % WORLD or args.batch_size < 4 * WORLD:
-            raise InputError(f"--batch-size {args.batch_size}: the batch of all {WORLD} processes "
-                             f"must be a multiple of {WORLD}, with 4 images per process or more")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
             sys.stdout = open(os.devnull, "w")
@@ -965,12 +931,9 @@ def prepare(model, loader, run):
     if args.precision != "auto":
         report["precision"] = args.precision
     elif "precision" not in report:
-        rates = all_sum(precision_rates(model, loader.data.size, device)).tolist()
-        report["precision"] = ("fp32", "bf16")[int(np.argmax(rates))]
-        print(
-            f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
-            f"backward; takes {report['precision']}"
-        )
+        fp32, bf16 = all_sum(precision_rates(model, loader.data.size, device)).tolist()
+        report["precision"] = "bf16" if bf16 > fp32 else "fp32"
+        print(f"forward and backward: fp32 {fp32:,.0f}, bf16 {bf16:,.0f} images/s")
     if run.resumed:
         with reading(run.folder / "last.pt", "delete it and start again"):
             model.load_state_dict(run.resumed["model"])
@@ -979,7 +942,7 @@ def prepare(model, loader, run):
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
-        f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
+        f"batch {loader.batch_size}, processes: {WORLD}; seed {args.seed}; "
         f"writes {args.out}",
         flush=True,
     )
@@ -1039,31 +1002,27 @@ class Run:
     run, and for a folder that cannot be made or that another run writes into.
     """
     MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
-                            "weights", "views", "workers", "compile", "precision"}
+                            "weights", "views", "workers", "compile"}
 
     def __init__(self, args, data, resumed):
         self.args = args
         self.folder = Path(args.out)
-        self.data = fingerprint(data)
         self.resumed = resumed
-        self.report = {"log": [], "train_seconds": 0.0, "images": 0}
+        self.headed = False  # whether the log has shown its columns
+        self.data = resumed.get("data") or fingerprint(data)
+        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0}
         if resumed:
-            self.data = resumed["data"]
-            self.report = resumed["report"]
             self.check()
 
     def check(self):
         """Raise InputError when the checkpoint is of a run with other flags."""
         saved = self.resumed["args"]
         now = vars(self.args)
-        for key in sorted(set(saved) | set(now)):
+        for key in sorted(saved | now):
             if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key):
                 raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
                                  f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
                                  "another --out")
-        if now["precision"] not in ("auto", self.report["precision"]):
-            raise InputError(f"--precision {now['precision']}: the run in {self.folder} computes "
-                             f"in {self.report['precision']}; leave it out")
 
     def __enter__(self):
         try:
@@ -1077,7 +1036,6 @@ class Run:
         except OSError as error:
             raise InputError(f"--out {self.folder}: cannot be made a folder or written "
                              f"({error.strerror}); give another") from None
-        return self
 
     def __exit__(self, *error):
         self.lock.release()
@@ -1098,13 +1056,14 @@ class Run:
         report["images"] += images
         left = (total - report["images"]) * report["train_seconds"] / report["images"]
         row = row | {"img/s": images / seconds, "min left": left / 60}
-        report["log"] = [*report["log"], row]
+        report["log"].append(row)
 
         write_csv(self.folder / "log.csv", list(row), [r.values() for r in report["log"]])
-        if row["epoch"] == 1:
-            print("".join(f" {name:>9}" for name in row))
+        if row["epoch"] == 1 or not self.headed:
+            print(*(f"{name:>9}" for name in row))
+            self.headed = True
         cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
-        print("".join(f" {cell:>9}" for cell in cells), flush=True)
+        print(*(f"{cell:>9}" for cell in cells), flush=True)
 
 def finish(run, method, chosen, saved, loader):
     """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
@@ -1115,7 +1074,6 @@ def finish(run, method, chosen, saved, loader):
     device = f"cpu, {torch.get_num_threads()} threads"
     if loader.device.type == "cuda":
         device = torch.cuda.get_device_name()
-    seconds = report["train_seconds"]
     result = {
         "method": method,
         "metric": "mAP" if loader.data.multi_label else "top-1",
@@ -1123,19 +1081,20 @@ def finish(run, method, chosen, saved, loader):
         "per_class": chosen["per_class"],
         "ece": chosen["ece"],
         "counts": run.data["counts"],
-        "images_per_second": report["images"] / max(seconds, 1e-9),
+        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
         "device": device,
         "torch": torch.__version__,
         "git": commit(),
         "args": vars(args),
     }
-    flags = ("dataset", "imb", "arch", "seed", "split_seed", "epochs")
-    result |= {key: getattr(args, key) for key in flags}
-    result |= {key: value for key, value in report.items() if key != "log"}
+    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
+        result[key] = getattr(args, key)
+    report.pop("log")  # it is in log.csv
+    result |= report
     write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
     write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    print(f"\nresult: {folder / 'result.json'}; label photographs with: python models.py "
-          f"{folder / 'model.pt'} PHOTOS")
+    print(f"\nresult: {folder}/result.json; label photographs with: python models.py "
+          f"{folder}/model.pt PHOTOS")
     return result
 
 def commit():

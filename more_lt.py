@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torchvision.ops import sigmoid_focal_loss
 
-from data_lt import (DEFAULT_IMB, GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser, expected_calibration_error,
-                     find_device, fingerprint, group_accuracy, group_means, listed,
-                     load_from_flags, number, read_checkpoint, reading, recipe_name, restore_images,
-                     run_script, show_table, show_worst_classes, write_csv, write_file)
+from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
+                     add_system_arguments, all_sum, argument_parser,
+                     find_device, fingerprint, group_means, listed, load_from_flags, number,
+                     read_checkpoint, reading, recipe_name, restore_images, run_script, seed_from,
+                     show_table, show_worst_classes, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
                     precision_rates)
@@ -135,14 +135,12 @@ def parse_args(argv=None):
     add_system_arguments(parser)
     args = parser.parse_args(argv)
     name = recipe_name(args.dataset)
-    args.imb = DEFAULT_IMB.get(name) if args.imb is None else args.imb
     chosen = RECIPES["default"] | RECIPES.get(name, {})
     if args.recipe == "paper":
         chosen |= RECIPES["paper"]
     warmup_given = args.warmup is not None
-    for key, value in chosen.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    parser.set_defaults(**chosen)
+    args = parser.parse_args(argv)
     if not warmup_given:
         args.warmup = min(args.warmup, args.epochs / 10)
     return args
@@ -427,7 +425,7 @@ def fit(network, loader, run):
     for epoch in range(run.resumed.get("epoch", 0), epochs):
         began = clock(loader.device)
         key = [args.seed, 1, 1, epoch]
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        torch.manual_seed(seed_from(*key))
         rates = learning_rates(args.lr, epoch, epochs, steps, "cosine", args.warmup)
         weights, deferred = loss_plan(epoch, epochs, steps, peak, args.schedule)
         picks = loader.draw(probs, args.seed, epoch)
@@ -483,16 +481,13 @@ def scored(logits, split, data):
     """Top-1 accuracy by group and per class, and ECE, from logits N x K; with several labels per
     image average precision (their mean is mAP), OF1 and CF1. Nothing but None where the split is
     empty."""
-    if not len(split):
-        return dict.fromkeys((*GROUPS, "all", "per_class"))
+    if not data.multi_label or not len(split):
+        return top_1(logits, split, data)
     labels = torch.from_numpy(split.labels).to(logits.device)
-    if data.multi_label:
-        ap = (100 * average_precision(logits, labels)).cpu().numpy()
-        of1, cf1 = f1_scores(logits, labels)
-        found = {"per_class": listed(ap), "of1": of1, "cf1": cf1, "ece": None}
-        return group_means(ap, data.groups) | found
-    accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
-    return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
+    ap = (100 * average_precision(logits, labels)).cpu().numpy()
+    of1, cf1 = f1_scores(logits, labels)
+    found = {"per_class": listed(ap), "of1": of1, "cf1": cf1, "ece": None}
+    return group_means(ap, data.groups) | found
 
 def discrepancy_by_group(full, general, split, data, kind):
     """Mean discrepancy of two passes' logits N x K by class group."""
@@ -516,16 +511,14 @@ def test_time(network, loader, run):
     report["merged_max_abs_diff"] = None
     report["low_rank_share"] = low_rank_share(model)
     report["discrepancy_by_group"] = {}
-    mean_of = f", mean of {1 + args.views} views"
-    rows = {
-        "test": scored(views[0], data.test, data),
-        f"test{mean_of}": scored(views.mean(0), data.test, data),
-    }
+    kinds = {"test": views}
     if args.loss == "ce":  # post-hoc logit adjustment (tau 1), the baseline to beat
         counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
-        adjusted = views.log_softmax(2) - (counts / counts.sum()).log()
-        rows["test, logit-adjusted"] = scored(adjusted[0], data.test, data)
-        rows[f"test, logit-adjusted{mean_of}"] = scored(adjusted.mean(0), data.test, data)
+        kinds["test, logit-adjusted"] = views.log_softmax(2) - (counts / counts.sum()).log()
+    rows = {}
+    for kind, logits in kinds.items():
+        rows[kind] = scored(logits[0], data.test, data)
+        rows[f"{kind}, mean of {1 + args.views} views"] = scored(logits.mean(0), data.test, data)
     rows["val"] = scored(loader.predict(network, "val")[0], data.val, data)
     report["results"] = rows
     if args.no_more:
@@ -590,45 +583,38 @@ def main(argv=None):
     model = build_model(args.arch, data.num_classes, start_from, data.size)
     if not args.no_more:  # every weight W_g + B A, at the start exactly the plain network
         add_low_rank(model, args.rank_ratio)
+        if not low_rank_share(model):
+            raise InputError(f"--rank-ratio {args.rank_ratio:g}: A and B would be as large as the "
+                             "weights, so none is split; take less")
     with run:
-        return rebalance_and_merge(model, loader, run)
+        network = prepare(model, loader, run)
+        fit(network, loader, run)
+        test_time(network, loader, run)
 
-def rebalance_and_merge(model, loader, run):
-    """The training, test time, tables and files of a run; returns the result."""
-    args = run.args
-    data = loader.data
-    network = prepare(model, loader, run)
-    fit(network, loader, run)
-    test_time(network, loader, run)
-
-    report = run.report
-    states = [plain_state(model)]
-    no_bias = torch.zeros(data.num_classes)
-    saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
-    classifier = Classifier(saved).to(loader.device)
-    logits = loader.predict(classifier.experts, "test")[0]
-    report["clean"] = scored(logits, data.test, data)
-    show_report(report, run)
-    if not data.multi_label:
-        show_worst_classes(logits, data)
-    method = "base" if args.no_more else "more"
-    return finish(run, method, report["results"]["test"], saved, loader)
+        report = run.report
+        states = [plain_state(model)]
+        no_bias = torch.zeros(data.num_classes)
+        saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
+        classifier = Classifier(saved).to(device)
+        logits = loader.predict(classifier.experts, "test")[0]
+        report["clean"] = scored(logits, data.test, data)
+        show_report(report, run)
+        if not data.multi_label:
+            show_worst_classes(logits, data)
+        method = "base" if args.no_more else "more"
+        return finish(run, method, report["results"]["test"], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
 
 def start(args):
     """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
-    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device or an
-    indivisible batch."""
+    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device."""
     device = find_device(args.device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
-        if args.batch_size % WORLD or args.batch_size < 4 * WORLD:
-            raise InputError(f"--batch-size {args.batch_size}: the batch of all {WORLD} processes "
-                             f"must be a multiple of {WORLD}, with 4 images per process or more")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
             sys.stdout = open(os.devnull, "w")
@@ -653,12 +639,9 @@ def prepare(model, loader, run):
     if args.precision != "auto":
         report["precision"] = args.precision
     elif "precision" not in report:
-        rates = all_sum(precision_rates(model, loader.data.size, device)).tolist()
-        report["precision"] = ("fp32", "bf16")[int(np.argmax(rates))]
-        print(
-            f"precision: fp32 {rates[0]:,.0f}, bf16 {rates[1]:,.0f} images/s forward and "
-            f"backward; takes {report['precision']}"
-        )
+        fp32, bf16 = all_sum(precision_rates(model, loader.data.size, device)).tolist()
+        report["precision"] = "bf16" if bf16 > fp32 else "fp32"
+        print(f"forward and backward: fp32 {fp32:,.0f}, bf16 {bf16:,.0f} images/s")
     if run.resumed:
         with reading(run.folder / "last.pt", "delete it and start again"):
             model.load_state_dict(run.resumed["model"])
@@ -667,7 +650,7 @@ def prepare(model, loader, run):
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
-        f"batch {loader.batch_size} over {WORLD} process{'es' * (WORLD > 1)}; seed {args.seed}; "
+        f"batch {loader.batch_size}, processes: {WORLD}; seed {args.seed}; "
         f"writes {args.out}",
         flush=True,
     )
@@ -727,31 +710,27 @@ class Run:
     run, and for a folder that cannot be made or that another run writes into.
     """
     MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
-                            "weights", "views", "workers", "compile", "precision"}
+                            "weights", "views", "workers", "compile"}
 
     def __init__(self, args, data, resumed):
         self.args = args
         self.folder = Path(args.out)
-        self.data = fingerprint(data)
         self.resumed = resumed
-        self.report = {"log": [], "train_seconds": 0.0, "images": 0}
+        self.headed = False  # whether the log has shown its columns
+        self.data = resumed.get("data") or fingerprint(data)
+        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0}
         if resumed:
-            self.data = resumed["data"]
-            self.report = resumed["report"]
             self.check()
 
     def check(self):
         """Raise InputError when the checkpoint is of a run with other flags."""
         saved = self.resumed["args"]
         now = vars(self.args)
-        for key in sorted(set(saved) | set(now)):
+        for key in sorted(saved | now):
             if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key):
                 raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
                                  f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
                                  "another --out")
-        if now["precision"] not in ("auto", self.report["precision"]):
-            raise InputError(f"--precision {now['precision']}: the run in {self.folder} computes "
-                             f"in {self.report['precision']}; leave it out")
 
     def __enter__(self):
         try:
@@ -765,7 +744,6 @@ class Run:
         except OSError as error:
             raise InputError(f"--out {self.folder}: cannot be made a folder or written "
                              f"({error.strerror}); give another") from None
-        return self
 
     def __exit__(self, *error):
         self.lock.release()
@@ -786,13 +764,14 @@ class Run:
         report["images"] += images
         left = (total - report["images"]) * report["train_seconds"] / report["images"]
         row = row | {"img/s": images / seconds, "min left": left / 60}
-        report["log"] = [*report["log"], row]
+        report["log"].append(row)
 
         write_csv(self.folder / "log.csv", list(row), [r.values() for r in report["log"]])
-        if row["epoch"] == 1:
-            print("".join(f" {name:>9}" for name in row))
+        if row["epoch"] == 1 or not self.headed:
+            print(*(f"{name:>9}" for name in row))
+            self.headed = True
         cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
-        print("".join(f" {cell:>9}" for cell in cells), flush=True)
+        print(*(f"{cell:>9}" for cell in cells), flush=True)
 
 def finish(run, method, chosen, saved, loader):
     """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
@@ -803,7 +782,6 @@ def finish(run, method, chosen, saved, loader):
     device = f"cpu, {torch.get_num_threads()} threads"
     if loader.device.type == "cuda":
         device = torch.cuda.get_device_name()
-    seconds = report["train_seconds"]
     result = {
         "method": method,
         "metric": "mAP" if loader.data.multi_label else "top-1",
@@ -811,19 +789,20 @@ def finish(run, method, chosen, saved, loader):
         "per_class": chosen["per_class"],
         "ece": chosen["ece"],
         "counts": run.data["counts"],
-        "images_per_second": report["images"] / max(seconds, 1e-9),
+        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
         "device": device,
         "torch": torch.__version__,
         "git": commit(),
         "args": vars(args),
     }
-    flags = ("dataset", "imb", "arch", "seed", "split_seed", "epochs")
-    result |= {key: getattr(args, key) for key in flags}
-    result |= {key: value for key, value in report.items() if key != "log"}
+    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
+        result[key] = getattr(args, key)
+    report.pop("log")  # it is in log.csv
+    result |= report
     write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
     write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    print(f"\nresult: {folder / 'result.json'}; label photographs with: python models.py "
-          f"{folder / 'model.pt'} PHOTOS")
+    print(f"\nresult: {folder}/result.json; label photographs with: python models.py "
+          f"{folder}/model.pt PHOTOS")
     return result
 
 def commit():

@@ -237,9 +237,9 @@ def test_a_packed_split_gives_the_same_images(tiny, tmp_path, monkeypatch):
     assert before.class_names == after.class_names == list("abcdef")
     with zipfile.ZipFile(path) as archive:
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_LZMA}
-    monkeypatch.setattr(sys, "argv", [*script, "--pack", f"{tmp_path}/no/x.npz"])
-    with pytest.raises(InputError, match="--pack .*: there is no folder .*/no; make it first"):
-        data_lt.main()
+    monkeypatch.setattr(sys, "argv", [*script, "--pack", f"{tmp_path}/new/x.npz"])
+    data_lt.main()
+    assert (tmp_path / "new" / "x.npz").read_bytes() == path.read_bytes()
 
 def test_a_pack_trains_by_the_recipe_of_what_was_packed(tiny, tmp_path):
     data = load_dataset(str(tiny))
@@ -249,10 +249,16 @@ def test_a_pack_trains_by_the_recipe_of_what_was_packed(tiny, tmp_path):
     for dataset in (tmp_path / "pack.npz", tmp_path / "folder"):
         args = do_lt.parse_args(["--dataset", str(dataset)])
         assert (args.order, args.epochs, args.mixup) == (["many", "few"], [150, 50], 0.4)
+        assert len(data_lt.load_from_flags(args).train) == COUNTS.sum(), "a pack is not drawn again"
     other = do_lt.parse_args(["--dataset", str(tiny)])
     assert (other.order, other.mixup) == (["many", "medium", "few"], 0), "an unknown .npz"
     (tmp_path / "about.json").write_text("{}")  # somebody else's file: no pack
     assert data_lt.recipe_name(str(tmp_path)) == "folder"
+
+def test_a_folder_that_is_called_like_a_dataset_does_not_change_its_recipe(tmp_path, monkeypatch):
+    (tmp_path / "miml").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert more_lt.parse_args(["--dataset", "miml"]).epochs == 80
 
 def test_an_empty_validation_split_counts_as_none(tiny, tmp_path):
     arrays = dict(np.load(tiny))
@@ -1237,7 +1243,7 @@ def test_nuswide_scenes_by_their_published_files(tmp_path):
                 f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt",
                 [str(int(i == k)) for i in range(34)],
             )
-    with pytest.raises(InputError, match="66 of 66 images are not there"):  # two have no scene
+    with pytest.raises(InputError, match="66 of 66 photographs cannot be read"):  # two have no scene
         load_dataset("nuswide_scene", tmp_path)
     layout.photos(*[f"Flickr/a/{i}.jpg" for i in range(34)])
     assert load_dataset("nuswide_scene", tmp_path).counts.tolist() == [1] * 33
@@ -1265,7 +1271,7 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     assert "lists 4 images, the published one 62,500" in said
     assert "has (2, 2, 2), the published one (365, 4980, 5) (classes, most and" in said
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with pytest.raises(InputError, match=r"3 of 12 images are not there, the first: .*a/2.jpg"):
+    with pytest.raises(InputError, match=r"3 of 12 photographs cannot .* first: .*a/2.jpg .*--data-root"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
     with pytest.raises(InputError, match="--lists .*: needs iNaturalist18_train.txt or train2018"):
         load_dataset("inat18", tmp_path)
@@ -1385,7 +1391,7 @@ def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, 
              f"--no-more --out {tmp_path}/run").split()
     more_lt.main(flags)
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with pytest.raises(InputError, match="1 of 12 images are not there"):
+    with pytest.raises(InputError, match="1 of 12 photographs cannot be read"):
         more_lt.main([*flags[:-1], f"{tmp_path}/other"])
     capsys.readouterr()
     again = more_lt.main([*flags, "--resume"])
@@ -1567,7 +1573,7 @@ def zoo(tmp_path):
             fill(tmp_path / "photos" / part / name, number, colour)
     return tmp_path / "photos"
 
-def test_a_run_goes_on_where_its_photographs_have_moved(zoo, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_its_photographs_have_moved(zoo, tmp_path, monkeypatch, capsys):
     whole = more_lt.main(photo_flags(zoo, tmp_path / "whole"))
     dying(monkeypatch, more_lt, "stop_unless_finite", 2)
     with pytest.raises(Killed):
@@ -1575,7 +1581,9 @@ def test_a_run_goes_on_where_its_photographs_have_moved(zoo, tmp_path, monkeypat
     monkeypatch.undo()
     moved = zoo.rename(tmp_path / "moved")
     (tmp_path / "run").rename(tmp_path / "run2")
+    capsys.readouterr()
     again = more_lt.main(photo_flags(moved, tmp_path / "run2", "--resume", "--views", "3"))
+    assert re.search(r"epoch +loss.*\n +2 ", capsys.readouterr().out), "the columns have names"
     assert again["clean"] == whole["clean"]
     assert same_networks(tmp_path / "whole", tmp_path / "run2")
 
@@ -1586,11 +1594,35 @@ def test_a_renamed_class_is_refused_and_a_lost_photograph_left_out(zoo, tmp_path
     assert "1 training images of this run are gone and left out: " in capsys.readouterr().out
     assert again["counts"] == before["counts"] == [6, 6, 6]
     written = (tmp_path / "run" / "model.pt").read_bytes()
+    (zoo / "train" / "dog").rename(zoo / "dogs")
+    (zoo / "train" / "dog").mkdir()
+    with pytest.raises(InputError, match="class dog has no training image"):
+        more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
+    (zoo / "train" / "dog").rmdir()
+    (zoo / "dogs").rename(zoo / "train" / "dog")
     for part in ("train", "test"):
         (zoo / part / "Zebra").rename(zoo / part / "zebra")
     with pytest.raises(InputError, match="is of a run on other classes"):
         more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
     assert (tmp_path / "run" / "model.pt").read_bytes() == written
+
+def test_importance_takes_the_images_of_the_class_after_some_of_another_were_lost(tiny):
+    data = load_dataset(str(tiny))
+    torch.manual_seed(0)
+    model = models.build_model("resnet20", 6)
+    classes = np.array([4])
+
+    def scores():
+        """The importance of the weights to class 4."""
+        network = models.Network(model)
+        layers = {"fc": model.fc}
+        loader = Loader(data, CPU, 8, stats=(torch.zeros(3), torch.full((3,), 255.0)))
+        return do_lt.importance(network, layers, classes, torch.zeros(6), loader, 4)
+
+    whole = scores()
+    kept = np.arange(3, len(data.train))  # as restore_images leaves it: the counts stay
+    data.train = data_lt.Split(data.train.images[kept], data.train.labels[kept])
+    assert torch.equal(scores()[0], whole[0])
 
 def test_other_arrays_of_the_same_shape_are_refused(tiny, more_run, tmp_path):
     arrays = dict(np.load(tiny))
@@ -1758,7 +1790,7 @@ def faulty_npz():
     no_val = {"val_images": None, "val_labels": None}
     several = {"test_labels": tests, **no_val}
     return {
-        "twos": ({"train_labels": one_hot * 2, **several}, "are marked by 0 and 1"),
+        "twos": ({"train_labels": one_hot * 2, **several}, "run from 0 to 2; they must lie in 0..1"),
         "wide": ({"train_labels": one_hot, **no_val, "test_labels": np.hstack([tests, tests])},
                  "store a row of 6 per image"),
         "mixed": ({"test_labels": tests}, "store one number per image, as in train_labels"),
@@ -1798,15 +1830,15 @@ def bad(tiny, tmp_path_factory):
 
 BOTH_SCRIPTS = [
     ("--dataset cifar1000", "--dataset cifar1000: unknown"),
-    ("--dataset places_lt --data-root {bad}/lists", "images are not there, the first:"),
+    ("--dataset places_lt --data-root {bad}/lists", "of 6 photographs cannot be read, the first:"),
     ("--dataset inat18 --data-root {bad}/lists", "holds label -1"),
     ("--dataset {bad}/cut.npz", "cut.npz: cannot be read"),
     ("--dataset {bad}/empty", "empty: no class folders in it"),
-    ("--dataset {bad}/photos", "train/fox: no image in it"),
+    ("--dataset {bad}/photos", "class fox has no training image"),
     ("--dataset cifar10 --data-root {bad}", "put cifar-10-python.tar.gz (unpacked, or cifar"),
-    ("--dataset synth --imb 0.5", "--imb 0.5"),
-    ("{tiny} --imb 1e6", "without a training image"),
-    ("{tiny} --size -5", "--size -5"),
+    ("--dataset synth --imb 0.5", "--imb: 0.5: must be at least 1"),
+    ("{tiny} --imb 1e6", "has no training image; drop the class"),
+    ("{tiny} --size -5", "--size: -5: must be at least 8"),
     ("{tiny} --size 64", "--size 64: "),
     ("{tiny} --arch googlenet", "--arch googlenet: unknown"),
     ("{tiny} --arch vit_b_16", "--arch vit_b_16 cannot take images of 8 pixels"),
@@ -1824,8 +1856,9 @@ BOTH_SCRIPTS = [
 MORE_ALONE = [
     ("{several} --loss ce", "has several labels per image"),
     ("{tiny} --loss bsce --sampling class-aware", "--sampling class-aware: --loss bsce"),
+    ("MORE --rank-ratio 1", "--rank-ratio 1: A and B would be as large as the weights"),
     ("MORE --out {more} --resume --amplitude 1", "--amplitude was 2.0, now 1.0"),
-    ("MORE --out {more} --resume --precision bf16", "computes in fp32"),
+    ("MORE --out {more} --resume --precision bf16", "--precision was fp32, now bf16"),
     ("MORE --out {do} --resume", "is of another run: --"),
     ("MORE --out {bad}/foreign --resume", "is not a checkpoint of this script"),
 ]
