@@ -1243,7 +1243,7 @@ def test_nuswide_scenes_by_their_published_files(tmp_path):
                 f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt",
                 [str(int(i == k)) for i in range(34)],
             )
-    with pytest.raises(InputError, match="66 of 66 photographs cannot be read"):  # two have no scene
+    with pytest.raises(InputError, match="66 of 66 photographs cannot be read"):  # two: no scene
         load_dataset("nuswide_scene", tmp_path)
     layout.photos(*[f"Flickr/a/{i}.jpg" for i in range(34)])
     assert load_dataset("nuswide_scene", tmp_path).counts.tolist() == [1] * 33
@@ -1271,7 +1271,7 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     assert "lists 4 images, the published one 62,500" in said
     assert "has (2, 2, 2), the published one (365, 4980, 5) (classes, most and" in said
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with pytest.raises(InputError, match=r"3 of 12 photographs cannot .* first: .*a/2.jpg .*--data-root"):
+    with pytest.raises(InputError, match=r"3 of 12 photographs .* first: .*a/2.jpg .*--data-root"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
     with pytest.raises(InputError, match="--lists .*: needs iNaturalist18_train.txt or train2018"):
         load_dataset("inat18", tmp_path)
@@ -1790,7 +1790,7 @@ def faulty_npz():
     no_val = {"val_images": None, "val_labels": None}
     several = {"test_labels": tests, **no_val}
     return {
-        "twos": ({"train_labels": one_hot * 2, **several}, "run from 0 to 2; they must lie in 0..1"),
+        "twos": ({"train_labels": one_hot * 2, **several}, "run from 0 to 2; they must lie in 0.."),
         "wide": ({"train_labels": one_hot, **no_val, "test_labels": np.hstack([tests, tests])},
                  "store a row of 6 per image"),
         "mixed": ({"test_labels": tests}, "store one number per image, as in train_labels"),
