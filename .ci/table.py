@@ -65,7 +65,6 @@ TABLES = {
     "mixtures": (GROUPS, [
         ("equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
         ("instance weights (`--agg instance`, Eq. 5)", DO, "aggregations/instance", ""),
-        ("product (the default)", DO, "aggregations/product", ""),
         ("three stages, oracle by the true group", THREE, ROUTED, ""),
         ("ratio 50: balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
         ("ratio 50: DO, two stages of 150 and 50 epochs", DO50, "aggregations/product",
