@@ -704,7 +704,8 @@ class Loader:
 
     batch_size: of all processes together, at most the images there are. aug: see augment.
     workers: processes that decode photographs (see decoded); None: as many as cores with a GPU,
-    else 0. stats: (mean, std) as channel_stats gives them, which is the default.
+    else 0. stats: (mean, std) as channel_stats gives them, which is the default. Raises InputError
+    for a batch that the processes cannot share.
     """
 
     def __init__(self, data, device, batch_size, aug="none", workers=None, stats=None):

@@ -165,7 +165,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     given = {key for key, value in vars(args).items() if value is not None}
     parser.set_defaults(**recipe(args))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again, now with the recipe's values
     args.order = args.order.split(",")
     both = "medium" in args.order and {"medium-top", "medium-low"} & set(args.order)
     if set(args.order) - set(STAGES) or len(set(args.order)) != len(args.order) or both:

@@ -140,7 +140,7 @@ def parse_args(argv=None):
         chosen |= RECIPES["paper"]
     warmup_given = args.warmup is not None
     parser.set_defaults(**chosen)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again, now with the recipe's values
     if not warmup_given:
         args.warmup = min(args.warmup, args.epochs / 10)
     return args
