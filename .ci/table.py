@@ -180,7 +180,7 @@ def readme_table(name):
     """The lines of one of README's tables."""
     columns, rows = TABLES[name]
     papers = any(paper for *_, paper in rows)
-    head = ["", "seeds", *columns] + ["the paper's"] * papers
+    head = ["", "seeds", *columns] + ["published"] * papers
     lines = [head, ["---"] * len(head)]
     for label, run, path, paper in rows:
         row = readme_row(label, run, path, columns)
