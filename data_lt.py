@@ -279,7 +279,7 @@ def expected_calibration_error(probs, labels, bins=15):
     confidence, predicted = probs.double().max(1)
     correct = (predicted == labels).double()
     bin_of = (confidence * bins).ceil().long()  # bins are open on the left, closed on the right
-    gap = torch.bincount(bin_of.clamp(max=bins), weights=confidence - correct)
+    gap = torch.bincount(bin_of.clamp(0, bins), weights=confidence - correct)
     share = gap.abs().sum() / len(labels)
     return float(100 * share)
 

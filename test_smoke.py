@@ -388,6 +388,8 @@ def test_accuracy_by_group_and_calibration_by_hand():
     ece = data_lt.expected_calibration_error(probs, torch.tensor([0, 1, 1, 1]))
     by_hand = 100 * (2 * abs(0.9 - 0.5) + abs(0.6 - 1) + abs(0.7 - 1)) / 4
     assert ece == pytest.approx(by_hand, abs=1e-4)
+    broken = torch.full((2, 3), math.nan)  # a network that diverged
+    assert math.isnan(data_lt.expected_calibration_error(broken, torch.tensor([0, 1])))
 
 def test_the_worst_classes_and_what_they_are_taken_for(capsys):
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
