@@ -56,8 +56,8 @@ RECIPES = {
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
-    # Fine-tuning, chosen on validation images of Caltech-101: a first stage that knows how frequent
-    # the classes are, and pruned weights that keep what they know.
+    # Fine-tuning: a first stage that knows how frequent the classes are, and pruned weights that
+    # keep what they know. Rates, gamma and epochs were chosen on Caltech-101's validation images.
     "folder": PHOTOGRAPHS | dict(
         pretrained=1,
         order="many,few",

@@ -32,10 +32,10 @@ from filelock import FileLock, Timeout
 from torchvision.ops import sigmoid_focal_loss
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser,
-                     find_device, fingerprint, group_means, listed, load_from_flags, number,
-                     read_checkpoint, reading, recipe_name, restore_images, run_script, seed_from,
-                     show_table, show_worst_classes, top_1, write_csv, write_file)
+                     add_system_arguments, all_sum, argument_parser, find_device, fingerprint,
+                     group_means, listed, load_from_flags, number, read_checkpoint, reading,
+                     recipe_name, restore_images, run_script, seed_from, show_table,
+                     show_worst_classes, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
                     precision_rates)
