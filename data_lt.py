@@ -1695,7 +1695,8 @@ def add_system_arguments(parser):
     add("--seed", type=number(int, 0, below=2 ** 32), default=0,
         help="of weights, draws and augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+        help="auto: the faster; with MORE fp32")
     add("--compile", type=int, choices=[0, 1], help="1: torch.compile (default: with CUDA)")
     add("--workers", type=number(int, 0),
         help="processes that decode photographs, for each GPU; 0: threads, between the steps "

@@ -1054,7 +1054,7 @@ class Run:
         report = self.report
         report["train_seconds"] += seconds
         report["images"] += images
-        left = (total - report["images"]) * report["train_seconds"] / report["images"]
+        left = (total - report["images"]) * seconds / images
         row = row | {"img/s": images / seconds, "min left": left / 60}
         report["log"].append(row)
 

@@ -143,6 +143,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)  # again, now with the recipe's values
     if not warmup_given:
         args.warmup = min(args.warmup, args.epochs / 10)
+    # The two passes differ by so little that bf16 rounds it away: L_MORE's gradient is noise then.
+    if args.precision == "auto" and args.amplitude > 0 and not args.no_more:
+        args.precision = "fp32"
     return args
 
 def settle(args, data):
@@ -161,6 +164,9 @@ def settle(args, data):
             f"--sampling class-aware: --loss {args.loss} corrects for the counts "
             "itself; take ce or focal"
         )
+    if args.precision == "bf16" and args.amplitude > 0 and not args.no_more:
+        print("--precision bf16: its rounding is larger than the discrepancy of the two passes, so "
+              "MORE trains on noise; take fp32")
     method = "base" if args.no_more else "more"
     args.out = args.out or run_name(f"{method}_{args.loss}", args)
 
@@ -762,7 +768,7 @@ class Run:
         report = self.report
         report["train_seconds"] += seconds
         report["images"] += images
-        left = (total - report["images"]) * report["train_seconds"] / report["images"]
+        left = (total - report["images"]) * seconds / images
         row = row | {"img/s": images / seconds, "min left": left / 60}
         report["log"].append(row)
 

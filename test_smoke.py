@@ -6,6 +6,7 @@ documented errors, README's snippets.
 
 Real data are used too when DATA_ROOT names a folder that has them.
 """
+import copy
 import csv
 import inspect
 import json
@@ -21,6 +22,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from xml.sax.saxutils import escape
@@ -1045,6 +1047,36 @@ def test_more_loss_of_several_labels_takes_their_mean_prior():
             kl += mean_prior * term / 5
     assert more_lt.more_loss(full, general, prior, y, "l2").item() == pytest.approx(l2.item())
     assert more_lt.more_loss(full, general, prior, y, "kl").item() == pytest.approx(kl.item())
+
+def test_the_discrepancy_needs_fp32(tiny, tmp_path, capsys):
+    """B A a thousandth of W_g, as trainings end: fp32 has the gradient of float64, bf16 noise."""
+    torch.manual_seed(0)
+    model = models.add_low_rank(models.build_model("resnet20", 10))
+    for term in (m for m in model.modules() if isinstance(m, models.LowRank)):
+        torch.nn.init.normal_(term.B, std=2e-4)
+    x = torch.randn(64, 3, 32, 32)
+    y = torch.arange(64) % 10
+    prior = torch.full((10,), 0.1)
+    gradients = {}
+    for precision in ("fp64", "fp32", "bf16"):
+        network = models.Network(copy.deepcopy(model), precision).train()
+        images = x
+        if precision == "fp64":
+            network.double()
+            images = x.double()
+        full, general = more_lt.TwoPasses(network, both=True)(images)
+        more_lt.more_loss(full, general, prior, y, "l2").backward()
+        factors = [p.grad for name, p in network.named_parameters() if name.endswith((".A", ".B"))]
+        gradients[precision] = torch.cat([g.double().flatten() for g in factors])
+    cosine = partial(torch.cosine_similarity, gradients["fp64"], dim=0)
+    assert cosine(gradients["fp32"]) > 0.999
+    assert cosine(gradients["bf16"]) < 0.5
+    flags = ["--dataset", "synth"]
+    assert more_lt.parse_args(flags).precision == "fp32"
+    assert more_lt.parse_args([*flags, "--no-more"]).precision == "auto"
+    assert more_lt.parse_args([*flags, "--amplitude", "0"]).precision == "auto"
+    more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1", "--precision", "bf16"))
+    assert "MORE trains on noise; take fp32" in capsys.readouterr().out
 
 def test_single_label_losses_by_hand(logits):
     full, _, y, counts = logits
