@@ -8,8 +8,8 @@ others are pruned and start afresh in the next stage (TPD). The weights of stage
 t; the predictions of the sub-models are mixed for each test image (test time).
 
 Each weight has an owner (models.add_owner_masks): 0 is free and trained now, PRUNED is zero until
-the stage ends, t >= 1 is frozen for stage t. BatchNorm, biases, depthwise convolutions and the last
-layer have no owner: they train on in every stage, and each stage keeps a copy for its sub-model.
+the stage ends, t >= 1 is frozen for stage t. BatchNorm, biases and the last layer have no owner:
+they train on in every stage, and each stage keeps a copy for its sub-model.
 
     python do_lt.py --dataset synth                                  a minute on two CPU cores
     python do_lt.py --dataset cifar100 --imb 100 --data-root data    CIFAR-100-LT: expect 52.5 %
@@ -57,7 +57,7 @@ RECIPES = {
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
     # Fine-tuning: a first stage that knows how frequent the classes are, and pruned weights that
-    # keep what they know. Rates, gamma and epochs were chosen on Caltech-101's validation images.
+    # keep what they know. Everything was chosen on Caltech-101's validation images.
     "folder": PHOTOGRAPHS | dict(
         pretrained=1,
         order="many,few",

@@ -252,8 +252,8 @@ def clock(device):
 # ----------------------------------------------------------- owner masks and nested sub-models (DO)
 
 def add_owner_masks(model, classifier=False):
-    """Give every conv and linear weight an owner, but depthwise convolutions', which have nothing
-    to spare, and the classifier's (unless classifier=True); returns the model.
+    """Give every conv and linear weight an owner, but the classifier's (unless classifier=True);
+    returns the model.
 
     Beside each weight stands a uint8 buffer `weight_owner` of the same shape. 0 is free: it is
     trained now. t >= 1 belongs to stage t and stays as it is. PRUNED is zero until the next stage
@@ -261,8 +261,7 @@ def add_owner_masks(model, classifier=False):
     """
     last = classifier_name(model)
     for name, layer in weight_layers(model).items():
-        depthwise = getattr(layer, "groups", 1) > 1 and layer.weight.shape[1] == 1
-        if not depthwise and (classifier or name != last):
+        if classifier or name != last:
             owner = torch.zeros_like(layer.weight, dtype=torch.uint8)
             layer.register_buffer("weight_owner", owner)
     model.stage_rest = {}
@@ -278,8 +277,8 @@ def plain_state(model):
     return {k: v.detach().clone() for k, v in state.items() if not k.endswith("weight_owner")}
 
 def keep_stage_rest(model, t):
-    """Remember as stage t's own what has no owners: BatchNorm (affine, statistics), biases,
-    depthwise convolutions, last layer."""
+    """Remember as stage t's own what has no owners: BatchNorm (affine, statistics), biases, last
+    layer."""
     owned = {f"{name}.weight" for name in owned_layers(model)}
     model.stage_rest[t] = {k: v for k, v in plain_state(model).items() if k not in owned}
 
