@@ -57,7 +57,7 @@ RECIPES = {
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
     # Fine-tuning: a first stage that knows how frequent the classes are, and pruned weights that
-    # keep what they know. Everything was chosen on Caltech-101's validation images.
+    # keep what they know. Chosen on Caltech-101's validation images, where fresh weights tie.
     "folder": PHOTOGRAPHS | dict(
         pretrained=1,
         order="many,few",

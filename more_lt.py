@@ -144,9 +144,13 @@ def parse_args(argv=None):
     if not warmup_given:
         args.warmup = min(args.warmup, args.epochs / 10)
     # The two passes differ by so little that bf16 rounds it away: L_MORE's gradient is noise then.
-    if args.precision == "auto" and args.amplitude > 0 and not args.no_more:
+    if args.precision == "auto" and has_two_passes(args):
         args.precision = "fp32"
     return args
+
+def has_two_passes(args):
+    """Whether a step computes the discrepancy loss; without it one pass does."""
+    return args.amplitude > 0 and not args.no_more
 
 def settle(args, data):
     """Fit --loss and --sampling to the data; after this nothing changes the flags. Raises
@@ -164,7 +168,7 @@ def settle(args, data):
             f"--sampling class-aware: --loss {args.loss} corrects for the counts "
             "itself; take ce or focal"
         )
-    if args.precision == "bf16" and args.amplitude > 0 and not args.no_more:
+    if args.precision == "bf16" and has_two_passes(args):
         print("--precision bf16: its rounding is larger than the discrepancy of the two passes, so "
               "MORE trains on noise; take fp32")
     method = "base" if args.no_more else "more"
@@ -411,7 +415,7 @@ def fit(network, loader, run):
     model = network.model
     data = loader.data
     epochs = run.args.epochs
-    both = not args.no_more and args.amplitude > 0  # without the loss one pass per step
+    both = has_two_passes(args)
     optimizer = make_optimizer(model, args)
     if run.resumed:
         with reading(run.folder / "last.pt", "delete it and start again"):

@@ -472,7 +472,7 @@ def test_low_rank_factors_have_the_layout_of_the_sister_code(shape, a, b):
     assert torch.allclose(term(weight), by_hand)
     assert torch.allclose(term.right_inverse(by_hand), weight, atol=1e-5)
 
-def test_both_methods_take_all_layers_but_the_classifier_and_more_no_depthwise_ones():
+def test_which_layers_do_and_more_take():
     model = models.add_low_rank(models.build_model("timm:tf_efficientnet_lite0", 5))
     factored = {name for name, m in model.named_modules() if hasattr(m, "parametrizations")}
     depthwise = {name for name, m in models.weight_layers(model).items()
