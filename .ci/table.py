@@ -29,6 +29,7 @@ BASE = "base_bsce_cifar100_imb100_resnet32_200ep_mixup"
 DO50, BASE50 = (name.replace("imb100", "imb50") for name in (DO, BASE))
 PAPER = "paper_cifar100_imb100_resnet32_200ep"
 MIML, MIML50 = "base_bce_miml_lite0_40ep", "base_bce_miml_imb50_lite0_40ep"
+PAIR = "base_bsce_paper_cifar100_imb100_resnet32_200ep"
 PHOTOS = "base_bsce_caltech101_lite0_14ep"
 CE_PHOTOS = "base_ce_caltech101_lite0_14ep"
 DO_PHOTOS = "do_caltech101_lite0_14ep"
@@ -75,6 +76,8 @@ TABLES = {
         ("DO, product", DO, "aggregations/product", ""),
     ]),
     "more": (GROUPS, [
+        ("CIFAR-100-LT: MORE, `--discrepancy l2`, minus balanced softmax",
+         [PAIR, PAIR.replace("base", "more_l2")], [VIEWS] * 2, ""),
         ("MIML: MORE minus BCE", [MIML, MIML.replace("base", "more_mse")], [VIEWS] * 2, ""),
         ("the same, `--discrepancy l2`", [MIML, MIML.replace("base", "more_l2")], [VIEWS] * 2, ""),
         ("MIML at ratio 50: MORE minus BCE", [MIML50, MIML50.replace("base", "more_mse")],
