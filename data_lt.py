@@ -625,7 +625,7 @@ class MemoryImages:
     They lie on the device, unless they take more than 60 % of a GPU's free memory.
     """
 
-    batch = 512  # images that are evaluated at once
+    batch = 512  # images whose random views are drawn at once
 
     def __init__(self, data, images, device, aug):
         self.device = device
@@ -779,55 +779,71 @@ class Loader:
             for view in range(1, 1 + views):
                 rng = np.random.default_rng([seed, 3, view, rows[0]])
                 seen.append(crop_flip(images, rng, images.shape[-1] // 8))
-            x = normalize(torch.cat(seen), self.mean, self.std)
-            found = network(x).view(1 + views, len(rows), -1)
+            seen = torch.cat(seen)
+            at_once = max(1, 6 * 2**20 // seen[0, 0].numel())  # 125 photographs of 224 pixels
+            found = [network(normalize(x, self.mean, self.std)) for x in seen.split(at_once)]
+            found = torch.cat(found).view(1 + views, len(rows), -1)
             logits[:, rows[0] : rows[-1] + 1] = found
         return all_sum(logits)
 
-def common_folder(paths):
-    """The folder below which all photographs lie."""
+def common_folder(data):
+    """The folder below which all photographs of a dataset lie."""
+    paths = [path for part in PARTS for path in getattr(data, part).images]
     folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
     return os.path.commonpath(folders)
 
 def fingerprint(data):
-    """What identifies a dataset's training images, wherever they lie: class names, counts, labels,
-    and of photographs their paths below a common folder, of arrays a hash of at most 1,000."""
-    images = data.train.images
-    if on_disk(images):
-        root = common_folder(images)
-        listing = [os.path.relpath(os.path.abspath(path), root) for path in images]
-    else:
-        some = np.ascontiguousarray(images[::max(1, len(images) // 1000)])
-        listing = [hashlib.sha256(some).hexdigest()]
-    return {
+    """What identifies a dataset's images, wherever they lie: class names, counts, training labels,
+    and of arrays a hash of at most 1,000 training images, of photographs the paths below a common
+    folder and the labels of each part."""
+    found = {
         "class_names": data.class_names,
         "counts": data.counts.tolist(),
         "labels": torch.from_numpy(data.train.labels),
-        "images": listing,
     }
+    images = data.train.images
+    if not on_disk(images):
+        some = np.ascontiguousarray(images[::max(1, len(images) // 1000)])
+        return found | {"images": [hashlib.sha256(some).hexdigest()]}
+    root = common_folder(data)
+    for part in PARTS:
+        split = getattr(data, part)
+        paths = [os.path.relpath(os.path.abspath(path), root) for path in split.images]
+        found[part] = {"paths": paths, "labels": torch.from_numpy(split.labels)}
+    return found
 
 def restore_images(data, saved, run):
-    """Give the data the training images of a checkpoint's fingerprint. Photographs that are gone
-    are named and left out. Raises InputError when the data are others."""
+    """Give the data the images of a checkpoint's fingerprint: a folder that is split by a draw
+    would be split otherwise once a photograph is gone or new. Photographs that are gone are named
+    and left out. Raises InputError when the data are others."""
     if saved["class_names"] != data.class_names:
         raise InputError(f"{run} is of a run on other classes; give another --out")
-    if not on_disk(data.train.images):
+    photographs = on_disk(data.train.images)
+    same = photographs == ("train" in saved)
+    if same and not photographs:
         found = fingerprint(data)
         same = torch.equal(saved["labels"], found["labels"]) and saved["images"] == found["images"]
-        if not same:
-            raise InputError(f"{run} is of a run on other training images; give another --out")
+    if not same:
+        raise InputError(f"{run} is of a run on other training images; give another --out")
+    if not photographs:
         return
-    root = common_folder(data.train.images)
-    paths = np.array([os.path.join(root, path) for path in saved["images"]], dtype=object)
-    there = np.array([os.path.exists(path) for path in paths])
-    if there.mean() < 0.5:
-        raise InputError(f"{run} is of a run on other photographs: {(~there).sum():,} of "
-                         f"{len(paths):,} are not below {root}; give another --out")
-    if not there.all():
-        gone = paths[~there]
-        print(f"warning: {len(gone):,} training images of this run are gone and left out: "
-              f"{', '.join(gone[:5])}")
-    data.train = Split(paths[there], saved["labels"].numpy()[there])
+    root = common_folder(data)
+    for part, kind in zip(PARTS, ("training", "validation", "test")):
+        paths = [os.path.join(root, path) for path in saved[part]["paths"]]
+        there = np.array([os.path.exists(path) for path in paths], dtype=bool)
+        if part == "train" and there.mean() < 0.5:
+            raise InputError(f"{run} is of a run on other photographs: {(~there).sum():,} of "
+                             f"{len(paths):,} are not below {root}; give another --out")
+        paths = np.array(paths, dtype=object)
+        if not there.all():
+            gone = paths[~there]
+            print(f"warning: {len(gone):,} {kind} images of this run are gone and left out: "
+                  f"{', '.join(gone[:5])}")
+        labels = saved[part]["labels"].numpy()
+        setattr(data, part, Split(paths[there], labels[there]))
+    if not len(data.test):
+        raise InputError(f"{run}: none of its test images is left; put them back or give another "
+                         "--out")
     data.counts = np.array(saved["counts"])  # the losses go on with the counts they began with
     left = class_counts(data.train.labels, data.num_classes)
     if left.min() == 0:
@@ -845,9 +861,9 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
 
     imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
     for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
-    which photographs are brought (224). resumed: training images of a list that are gone since
-    are left out, which is an error otherwise. A dataset without validation images gets those that
-    the long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
+    which photographs are brought (224). resumed: images of a list that are gone since are left
+    out, which is an error otherwise. A dataset without validation images gets those that the
+    long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
     """
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":
@@ -856,10 +872,15 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     source = str(arrays["source"])
     images = arrays["train_images"]
     if resumed and name in READERS and on_disk(images):  # restore_images names those left out
-        there = [os.path.exists(path) for path in images]
-        arrays["train_images"] = images[there]
-        arrays["train_labels"] = arrays["train_labels"][there]
+        for part in PARTS:
+            there = [os.path.exists(path) for path in arrays.get(f"{part}_images", [])]
+            if there:
+                for key in (f"{part}_images", f"{part}_labels"):
+                    arrays[key] = np.asarray(arrays[key])[there]
     splits, class_names = check_arrays(source, arrays)
+    if len(class_names) == 1 and splits["train"].labels.ndim == 1:
+        raise InputError(f"{source}: has only the class {class_names[0]}; give data of two classes "
+                         "or more, a folder as CLASS/* or train/CLASS/* and test/CLASS/*")
     if imb != "keep":
         splits = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
     train = splits["train"]
@@ -873,7 +894,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         print(f"warning: {untested} of {len(class_names)} classes have no test image")
     if on_disk(train.images) and RANK == 0:
         check_photographs([path for split in splits.values() for path in split.images])
-    shown = image_size(source, train.images, size, arrays.get("photographs", False))
+    shown = image_size(source, train.images, size, arrays)
     name = str(arrays.get("name", name))
     return Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
 
@@ -905,18 +926,20 @@ def recipe_name(dataset):
             return str(file.get("name", "default"))
     return "folder" if path.is_dir() else dataset
 
-def image_size(source, images, size, packed):
-    """(size, resize, photographs) of a Dataset from its images and --size. packed: they are
-    photographs that `pack` made squares of. Raises InputError."""
+def image_size(source, images, size, about):
+    """(size, resize, photographs) of a Dataset from its images and --size. about: what `pack` says
+    of them: photographs, that it made squares of; resize, where it cut the centre out. Raises
+    InputError."""
     if on_disk(images):
         side = size or 224
     else:
         height, width = images.shape[1:3]
-        if not packed:
+        if not about.get("photographs"):
             if size not in (None, height):
                 raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which "
                                  "are used as they are; leave it out")
-            return (height, width), max(height, width), False
+            resize = about.get("resize", max(height, width))
+            return (height, width), int(resize), False
         side = size or height * 224 // 256
         if side > height:
             raise InputError(f"--size {side}: {source} holds images of {height} pixels; pack "
@@ -962,6 +985,10 @@ def check_arrays(source, arrays):
         check_labels(source, part, labels[part], len(images), len(names), several)
         kind = np.uint8 if several else np.int64
         splits[part] = Split(images, labels[part].astype(kind))
+    sizes = {part: split.images.shape[1:3] for part, split in splits.items()}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{part} {' x '.join(map(str, size))}" for part, size in sizes.items())
+        raise InputError(f"{source}: its images differ in size ({found} pixels); store one size")
     if several and (splits["train"].labels.sum(1) == 1).all():
         print(f"note: {source} marks exactly one label per image and is taken as several labels; "
               "to train with one label, store class numbers")
@@ -1055,8 +1082,8 @@ def write_file(path, write, keep_previous=False):
 def write_csv(path, head, rows):
     """write_file of a .csv: the column names, then the rows."""
     def write(tmp):
-        """One line per row."""
-        with open(tmp, "w", newline="", encoding="utf-8") as file:
+        """One line per row; names of files that are no UTF-8 stay as they are."""
+        with open(tmp, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([head, *rows])
     write_file(path, write)
 
@@ -1112,6 +1139,7 @@ def pack(data, target, size, workers):
     if one_file:
         if on_disk(data.train.images):
             about["photographs"] = False  # cut to what the network sees
+            about["resize"] = data.resize
         saves |= {key: partial(np.save, arr=value) for key, value in about.items()}
         write_file(target, partial(save_archive, saves=saves))
     else:
@@ -1211,7 +1239,15 @@ def read_cifar(name, root, lists, split_seed):
     }
 
 IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
-FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+FOLDERS = {  # what a part may be called, in small or capital letters
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 def image_files(folder, skipped=None):
     """Paths of the images below a folder, sorted. Names with a dot in front are ignored; other
@@ -1227,19 +1263,32 @@ def image_files(folder, skipped=None):
     return found
 
 def read_folder(path, split_seed):
-    """A folder with train/CLASS/* and test/CLASS/* (and val/, valid/ or validation/), or a flat
-    one, CLASS/*, which is split. Raises InputError."""
+    """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*; other names: FOLDERS), or a
+    flat one, CLASS/*, which is split. Raises InputError."""
     skipped = Counter()
-    places = {part: path / name for name, part in FOLDERS.items() if (path / name).is_dir()}
-    if places:
-        names, files = read_parts(path, places, skipped)
-    else:
-        names, files = split_flat_folder(path, split_seed, skipped)
+    places = {}
+    for place in sorted(path.iterdir()):
+        part = FOLDERS.get(place.name.lower())
+        if part and place.is_dir():
+            if part in places:
+                raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the "
+                                 f"{part} part; keep one of them")
+            places[part] = place
+    try:
+        if places:
+            names, files = read_parts(path, places, skipped)
+        else:
+            names, files = split_flat_folder(path, split_seed, skipped)
+    finally:
+        say_skipped(path, skipped)
+    return as_arrays(files, names)
+
+def say_skipped(path, skipped, file=None):
+    """Print how many files below `path` were no images, by suffix: a Counter of image_files."""
     if skipped:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5))
         print(f"{path}: {sum(skipped.values())} files skipped ({kinds}); convert photographs among "
-              "them to JPEG or PNG")
-    return as_arrays(files, names)
+              "them to JPEG or PNG", file=file)
 
 def read_parts(path, places, skipped):
     """(class names, {part: (paths, labels)}) of a folder with train/ and test/ or val/."""
@@ -1267,8 +1316,10 @@ def split_flat_folder(path, split_seed, skipped):
     names = class_folders(path)
     rng = np.random.RandomState(split_seed)
     files = {part: ([], []) for part in PARTS}
+    nested = True
     for c, name in enumerate(names):
         found = image_files(path / name, skipped)
+        nested = nested and all(os.path.dirname(file) != str(path / name) for file in found)
         n = len(found)
         if n < 2:
             raise InputError(f"{path / name}: {n} images; a class needs one to train on and one to "
@@ -1281,6 +1332,10 @@ def split_flat_folder(path, split_seed, skipped):
             files[part][1].extend([c] * len(some))
     print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
           "training, 10 % validation, 20 % test images (at least one; small classes keep the rest)")
+    if nested:
+        print(f"warning: {path}: all images lie in folders within the class folders "
+              f"{', '.join(names[:5])}; if those within are the classes, give the folder that "
+              "holds them")
     return names, files
 
 def check_photographs(paths):
@@ -1739,15 +1794,19 @@ def run_script(main):
     """Call main() as a script: bad input is one line on stderr and exit code 2, Ctrl-C one line
     and 130."""
     process = f" in process {RANK}" if RANK else ""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         main()
     except InputError as error:
         print(f"error{process}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):
-        print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch",
-              file=sys.stderr)
+        print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch, and "
+              "another --out", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of this output has gone: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)

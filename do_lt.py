@@ -42,7 +42,7 @@ from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments
                      show_worst_classes, top_1, write_csv, write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model,
                     classifier_content, clock, keep_stage_rest, network_stats, owned_layers,
-                    plain_state, precision_rates, submodel_state, weight_layers)
+                    plain_state, precision_rates, submodel_state, synchronized, weight_layers)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -227,7 +227,9 @@ def settle(args, data):
     args.gamma = gammas[:-1]
     for name, gamma in zip(args.order, args.gamma):
         classes = stage_classes(data.counts, name)
-        if gamma == "auto" and len(classes) and not np.isin(data.val.labels, classes).any():
+        if not len(classes):  # a first "many" for all classes
+            classes = np.arange(data.num_classes)
+        if gamma == "auto" and not np.isin(data.val.labels, classes).any():
             raise InputError(
                 "--gamma auto measures on validation images of each stage's classes; "
                 f"{name} has none"
@@ -483,6 +485,7 @@ def prune(network, before, ratio, t, stage, picks, loader, args):
     dt = args.tpd_steps
     iters = args.tpd_iters
     key = [args.seed, t, 2, round(100 * ratio)]
+    torch.manual_seed(seed_from(*key))
     rates = learning_rates(args.tpd_lr, 0, 1, dt * iters)
     optimizer = make_optimizer(model, args.tpd_lr, args)
     layers = owned_layers(model)
@@ -574,6 +577,7 @@ def tpd(network, t, stage, loader, run):
         generator = torch.Generator().manual_seed(args.seed * 1000 + t)
         values = fresh_values(model, args.reinit, generator)
     if t < len(args.order):
+        began = clock(loader.device)
         gamma = args.gamma[t - 1]
         if gamma == "auto":
             gamma = sweep_gamma(network, t, stage, loader, run)
@@ -581,6 +585,8 @@ def tpd(network, t, stage, loader, run):
             n = args.tpd_steps * args.tpd_iters
             picks = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n)
             prune(network, 0.0, gamma, t, stage, picks, loader, args)
+        seconds = clock(loader.device) - began
+        run.report["tpd_seconds"] = run.report.get("tpd_seconds", 0.0) + seconds
         run.report.setdefault("gammas", []).append(gamma)
         print(
             f"TPD: {100 * gamma:.0f} % of the free weights pruned, by {args.importance} "
@@ -926,7 +932,7 @@ def prepare(model, loader, run):
     device = loader.device
     report = run.report
     if WORLD > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronized(model, args.arch)
     model.to(device, memory_format=torch.channels_last)
     if args.precision != "auto":
         report["precision"] = args.precision

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ import torchvision
 from torch.nn.utils import parametrize
 
 from data_lt import (WORKERS, InputError, argument_parser, centre_view, decode, find_device,
-                     image_files, normalize, reading, run_script, write_csv)
+                     image_files, normalize, reading, run_script, say_skipped, write_csv)
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
@@ -167,6 +168,13 @@ def import_timm(arch):
         raise InputError(f"--arch {arch}: needs timm; pip install timm") from None
     return timm
 
+def synchronized(model, arch):
+    """The model with BatchNorm that sees the batch of all processes. timm's BatchNorm has the
+    activation in it, which torch's conversion would lose."""
+    if arch.startswith("timm:"):
+        return import_timm(arch).layers.convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
 def network_stats(arch):
     """(mean, std) in 0..255 units, float tensors (3,), that a timm network was trained with; None
     for others, which take what data_lt.channel_stats finds."""
@@ -187,8 +195,8 @@ def load_weights(model, path):
         state = {key.removeprefix("module."): value for key, value in state.items()}
         own = model.state_dict()
         fits = {k: state[k] for k in own if k in state and state[k].shape == own[k].shape}
-    last = classifier_name(model)
-    wrong = [key for key in own if key not in fits and not key.startswith(f"{last}.")]
+    heads = classifier_names(model)
+    wrong = [key for key in own if key not in fits and key.rpartition(".")[0] not in heads]
     if wrong:
         raise InputError(f"--weights {path}: lacks {len(wrong)} of {len(own)} tensors of this "
                          f"network or has them in another shape, {wrong[0]} first; give weights "
@@ -200,13 +208,15 @@ def weight_layers(model):
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
-def classifier_name(model):
-    """The name of the layer that gives the logits: timm's networks know it, elsewhere it is the
-    last of weight_layers."""
+def classifier_names(model):
+    """The names of the layers that give the logits, a list: timm's networks know them (distilled
+    ones have two), elsewhere it is the last of weight_layers."""
     names = list(weight_layers(model))
-    config = getattr(model, "pretrained_cfg", {})
-    name = config.get("classifier")
-    return name if name in names else names[-1]
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    if isinstance(heads, str):
+        heads = (heads,)
+    found = [name for name in names for head in heads if f"{name}.".startswith(f"{head}.")]
+    return found or names[-1:]
 
 class Network(nn.Module):
     """The model, computing in "bf16" or "fp32"; its logits are float32. A model that was compiled
@@ -259,9 +269,9 @@ def add_owner_masks(model, classifier=False):
     trained now. t >= 1 belongs to stage t and stays as it is. PRUNED is zero until the next stage
     begins. All weights take part in the forward pass. model.stage_rest: see keep_stage_rest.
     """
-    last = classifier_name(model)
+    heads = classifier_names(model)
     for name, layer in weight_layers(model).items():
-        if classifier or name != last:
+        if classifier or name not in heads:
             owner = torch.zeros_like(layer.weight, dtype=torch.uint8)
             layer.register_buffer("weight_owner", owner)
     model.stage_rest = {}
@@ -337,7 +347,7 @@ def add_low_rank(model, ratio=0.1):
     convolutions). Draws A from the global torch generator. Source: MORE (Luo et al., NeurIPS
     2025, arXiv 2510.08177), as known from secondary descriptions.
     """
-    last = classifier_name(model)
+    heads = classifier_names(model)
     layers = {name: (layer, "weight") for name, layer in weight_layers(model).items()}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
@@ -345,7 +355,7 @@ def add_low_rank(model, ratio=0.1):
     for name, (layer, key) in layers.items():
         weight = getattr(layer, key)
         term = LowRank(weight, ratio)
-        if name != last and term.A.numel() + term.B.numel() < weight.numel():
+        if name not in heads and term.A.numel() + term.B.numel() < weight.numel():
             parametrize.register_parametrization(layer, key, term)
     return model
 
@@ -495,10 +505,12 @@ def main(argv=None):
     classifier = load_classifier(args.model).to(find_device(args.device))
     paths = []
     for path in args.photos:
-        paths += image_files(path) if Path(path).is_dir() else [path]
-    if not paths:
-        raise InputError(f"{', '.join(args.photos)}: no image in it; give photographs or folders "
-                         "that hold some")
+        skipped = Counter()
+        found = image_files(path, skipped) if Path(path).is_dir() else [path]
+        say_skipped(path, skipped, sys.stderr)
+        if not found:
+            raise InputError(f"{path}: no image in it; give photographs or folders that hold some")
+        paths += found
     head = ["file", "class", "probability", "second class", "its probability"]
     head = head[:3] if classifier.multi_label else head
     rows = []

@@ -38,7 +38,7 @@ from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments
                      show_worst_classes, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
-                    precision_rates)
+                    precision_rates, synchronized)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -134,6 +134,9 @@ def parse_args(argv=None):
 
     add_system_arguments(parser)
     args = parser.parse_args(argv)
+    if args.optimizer == "adamw" and args.lr is None:
+        raise InputError("--optimizer adamw: the default rates are SGD's; give one as --lr, usual "
+                         "are 0.001 from scratch and 0.0001 to fine-tune")
     name = recipe_name(args.dataset)
     chosen = RECIPES["default"] | RECIPES.get(name, {})
     if args.recipe == "paper":
@@ -357,14 +360,16 @@ def train(network, optimizer, batches, plan, losses, prior, discrepancy):
             group["lr"] = rate
         full, general = network(x)
         loss = sum(share * losses[deferred](full, labels) for share, labels in targets)
-        y = targets[0][1]
         rebalancing = torch.zeros_like(loss)
         if general is not None:
-            rebalancing = more_loss(full, general, prior, y, discrepancy)
+            parts = [share * more_loss(full, general, prior, labels, discrepancy)
+                     for share, labels in targets]
+            rebalancing = sum(parts)
         optimizer.zero_grad()
         (loss + weight * rebalancing).backward()
         optimizer.step()
-        with torch.no_grad():  # progress, without asking the device
+        with torch.no_grad():  # progress, without asking the device; of mixed images by the first
+            y = targets[0][1]
             if y.dim() == 2:
                 truth = y.float()
                 right = (full > 0).float()
@@ -644,7 +649,7 @@ def prepare(model, loader, run):
     device = loader.device
     report = run.report
     if WORLD > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronized(model, args.arch)
     model.to(device, memory_format=torch.channels_last)
     if args.precision != "auto":
         report["precision"] = args.precision

@@ -430,7 +430,7 @@ def plain_network(arch):
 def test_low_rank_weights_start_plain_and_merge_into_a_plain_network(arch):
     torch.manual_seed(0)
     model = plain_network(arch).eval()
-    last = model.get_submodule(models.classifier_name(model))
+    last = model.get_submodule(models.classifier_names(model)[0])
     torch.nn.init.normal_(last.weight)  # some networks begin with zeros there
     x = torch.randn(2, 3, 64, 64)
     keys = set(model.state_dict())
@@ -568,6 +568,13 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
     assert ended.value.code == 1
     assert len(found.out.splitlines()) == 2
     assert found.err.startswith(f"error: {files[1]}: cannot be read")
+    (tmp_path / "new" / "1.jpg").rename(tmp_path / "new" / "1.heic")
+    with pytest.raises(SystemExit):
+        models.main([str(out / "model.pt"), str(tmp_path / "new")])
+    assert "new: 1 files skipped (1 .heic)" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no image in it"):
+        models.main([str(out / "model.pt"), str(tmp_path / "empty"), files[0]])
 
 def test_several_labels_are_each_named_above_one_half():
     names = ["sea", "sunset", "trees"]
@@ -610,6 +617,22 @@ def test_timm_networks_train_freeze_merge_and_predict_in_both_scripts(arch, tmp_
         assert 100 * right.float().mean() == pytest.approx(result["clean"]["all"])
     with pytest.raises(InputError, match="--arch timm:no_such: .*timm.list_models"):
         more_lt.main([*flags, "--arch", "timm:no_such", "--out", f"{tmp_path}/never"])
+
+def test_batch_norm_of_all_processes_keeps_timms_activations():
+    name = "timm:tf_efficientnet_lite0"
+    torch.manual_seed(0)
+    model = models.build_model(name, 3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = model(x)
+    model = models.synchronized(model, name).eval()
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+    assert torch.equal(model(x), before)
+
+def test_a_distilled_network_has_two_last_layers():
+    model = models.build_model("timm:repvit_m0_9", 3)
+    assert models.classifier_names(model) == ["head.head.l", "head.head_dist.l"]
+    owned = models.owned_layers(models.add_owner_masks(model))
+    assert len(owned) == len(models.weight_layers(model)) - 2
 
 @pytest.mark.skipif(not (DATA_ROOT / "weights").exists(), reason="no weights")
 def test_real_timm_weights_load_all_but_the_last_layer():
@@ -870,6 +893,26 @@ def test_reinit_keep_starts_from_the_values_before_the_pruning(tiny, tmp_path, m
     assert len(before) == 2
     assert sum(freed) > 100_000
 
+def test_pruning_depends_on_its_seed_alone(tiny, tmp_path):
+    """A network with dropout: what was drawn before must not matter, or a run that was stopped
+    before the pruning would go on differently."""
+    args = do_lt.parse_args(do_flags(tiny, tmp_path))
+    data = load_dataset(str(tiny))
+    stage = do_lt.make_stages(args, data, CPU)[0]
+    loader = Loader(data, CPU, 56)
+    torch.manual_seed(0)
+    layers = [torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.Dropout(),
+              torch.nn.Linear(8, 6)]
+    plain = models.add_owner_masks(torch.nn.Sequential(*layers))
+    picks = loader.draw(stage.probs, 0, 0, 3)
+    ends = []
+    for drawn_before in (1, 2):
+        torch.manual_seed(drawn_before)
+        network = models.Network(copy.deepcopy(plain))
+        do_lt.prune(network, 0.0, 0.5, 1, stage, picks, loader, args)
+        ends.append(network.state_dict())
+    assert equal(*ends)
+
 def half_a_file(state, path):
     """What a kill leaves while torch.save writes."""
     Path(path).write_bytes(b"half a checkpoint")
@@ -1047,6 +1090,28 @@ def test_more_loss_of_several_labels_takes_their_mean_prior():
             kl += mean_prior * term / 5
     assert more_lt.more_loss(full, general, prior, y, "l2").item() == pytest.approx(l2.item())
     assert more_lt.more_loss(full, general, prior, y, "kl").item() == pytest.approx(kl.item())
+
+def test_of_mixed_images_both_labels_weigh_the_discrepancy():
+    class Apart(torch.nn.Module):
+        """Two passes whose logits are 1 apart."""
+
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            general = torch.zeros(len(x), 2)
+            return general + self.shift, general
+
+    network = Apart()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    rare = torch.ones(4, dtype=torch.long)
+    batches = [(torch.zeros(4, 1), [(0.25, rare), (0.75, rare - 1)])]
+    prior = torch.tensor([0.9, 0.1])
+    plan = [(0.0, 1.0, False)]
+    losses = [F.cross_entropy] * 2
+    *_, more_sum = more_lt.train(network, optimizer, batches, plan, losses, prior, "mse")
+    assert more_sum.item() / 4 == pytest.approx(0.25 * 0.1 + 0.75 * 0.9)
 
 def test_the_discrepancy_needs_fp32(tiny, tmp_path, capsys):
     """B A a thousandth of W_g, as trainings end: fp32 has the gradient of float64, bf16 noise."""
@@ -1401,7 +1466,9 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path, monke
     trains = [next(iter(s["train"].clean([np.array([3, 1])]))).int() for s in sources]
     assert (trains[0] - trains[1]).abs().max() <= 2
     data_lt.pack(data[0], tmp_path / "one.npz", 0, 0)
-    assert load_dataset(str(tmp_path / "one.npz")).test.images.shape == (12, 35, 35, 3)
+    one = load_dataset(str(tmp_path / "one.npz"))
+    assert one.test.images.shape == (12, 35, 35, 3)
+    assert one.resize == 40, "new photographs are brought to what the packed ones were"
     smooth = tmp_path / "smooth"
     gradient = np.linspace(0, 255, 240 * 240).astype(np.uint8).reshape(240, 240)
     photograph(smooth / "train" / "a" / "0.png", gradient)
@@ -1431,6 +1498,29 @@ def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, 
     again = more_lt.main([*flags, "--resume"])
     assert "1 training images of this run are gone and left out: " in capsys.readouterr().out
     assert again["counts"] == [4, 4]
+
+def test_large_images_are_predicted_in_small_groups(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 3), ("test", 8)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, 1024, 1024, 3), np.uint8)
+        arrays[f"{part}_labels"] = np.arange(n) % 3
+    np.savez(tmp_path / "x.npz", **arrays)
+    loader = Loader(load_dataset(str(tmp_path / "x.npz")), CPU, 3)
+    sizes = []
+
+    class Mean(torch.nn.Module):
+        """The mean of each channel as a class's logit."""
+
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.mean((2, 3))
+
+    logits = loader.predict(Mean(), "test", views=1)
+    assert max(sizes) <= 6 and sum(sizes) == 16
+    images = torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2)
+    means = data_lt.normalize(images, loader.mean, loader.std).mean((2, 3))
+    torch.testing.assert_close(logits[0], means)
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_photographs_train_in_both_scripts_and_new_ones_are_labelled(packed, photos, tmp_path):
@@ -1533,6 +1623,46 @@ def test_a_flat_folder_is_split_per_class(tmp_path, capsys):
     with pytest.raises(InputError, match="owl: 1 images; a class needs one to train on"):
         load_dataset(str(tmp_path))
 
+def test_a_flat_folder_is_not_split_anew_when_a_photograph_is_gone(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    for name, number in (("cat", 60), ("dog", 50)):
+        fill(folder / name, number)
+    flags = photo_flags(folder, tmp_path / "run")
+    more_lt.main(flags)
+    before = load_dataset(str(folder), size=16)
+    for split in (before.train, before.val, before.test):
+        Path(split.images[0]).unlink()
+    redrawn = load_dataset(str(folder), size=16)
+    assert set(redrawn.test.images) & set(before.train.images), "a new draw would test on these"
+    capsys.readouterr()
+    more_lt.main([*flags, "--resume"])
+    said = capsys.readouterr().out
+    assert "1 training images" in said and "1 validation images" in said and "1 test images" in said
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["data"]
+    data_lt.restore_images(redrawn, saved, "run")
+    for part in ("train", "val", "test"):
+        left = getattr(before, part)
+        assert getattr(redrawn, part).images.tolist() == left.images[1:].tolist()
+        assert np.array_equal(getattr(redrawn, part).labels, left.labels[1:])
+
+def test_parts_have_their_usual_names_and_a_folder_too_deep_is_noticed(tmp_path, capsys):
+    for part in ("Training", "Testing"):
+        for name in ("cat", "dog"):
+            fill(tmp_path / "photos" / part / name, 3)
+    data = load_dataset(str(tmp_path / "photos"), size=16)
+    assert data.class_names == ["cat", "dog"]
+    assert len(data.test) == 6
+    with pytest.raises(InputError, match="has only the class photos; give data of two classes"):
+        load_dataset(str(tmp_path))
+    fill(tmp_path / "photos" / "test" / "cat", 1)
+    with pytest.raises(InputError, match="Testing/ and test/ are both the test part"):
+        load_dataset(str(tmp_path / "photos"))
+    for year in ("2024", "2025"):
+        fill(tmp_path / "years" / year / "cat", 3)
+    load_dataset(str(tmp_path / "years"), size=16)
+    said = capsys.readouterr().out
+    assert "all images lie in folders within the class folders 2024, 2025" in said
+
 def test_odd_files_are_counted_and_named_and_valid_is_val(tmp_path, capsys):
     fill(tmp_path / "train" / "cat", 6)
     fill(tmp_path / "train" / "cat" / ".ipynb_checkpoints", 1)
@@ -1551,12 +1681,19 @@ def test_odd_files_are_counted_and_named_and_valid_is_val(tmp_path, capsys):
     assert (len(data.train), len(data.val), len(data.test)) == (18, 3, 3)
     assert "6 files skipped (5 .heic, 1 .db)" in said
     assert "1 of 2 classes have no test image" in said
+    flat = tmp_path / "flat" / "cat"
+    flat.mkdir(parents=True)
+    (flat / "phone.HEIC").write_bytes(b"not readable")
+    with pytest.raises(InputError, match="cat: 0 images"):
+        load_dataset(str(tmp_path / "flat"))
+    assert "1 files skipped (1 .heic); convert" in capsys.readouterr().out
 
 def test_photographs_are_looked_at_before_training(tmp_path):
     for part in ("train", "test"):
         fill(tmp_path / part / "cat", 3)
+        fill(tmp_path / part / "dog", 3)
     (tmp_path / "test" / "cat" / "001.png").write_bytes(b"no photograph")
-    with pytest.raises(InputError, match=r"1 of 6 photographs cannot be read, the first: .*001"):
+    with pytest.raises(InputError, match=r"1 of 12 photographs cannot be read, the first: .*001"):
         load_dataset(str(tmp_path))
 
 @pytest.mark.parametrize("mode, value, expected", [
@@ -1832,6 +1969,8 @@ def faulty_npz():
         "label": ({"test_labels": np.full(120, 6)}, "they must lie in 0..5"),
         "hole": ({"train_labels": np.minimum(rows, 4), "class_names": list("abcdef")},
                  "class f has no training image"),
+        "sizes": ({"test_images": np.zeros((120, 9, 8, 3), np.uint8)},
+                  "(train 8 x 8, val 8 x 8, test 9 x 8 pixels); store one size"),
         "scalar": ({"train_images": np.array(5)}, "store uint8"),
         "type": ({"train_images": np.zeros((len(rows), 8, 8, 3), np.float32)}, "store uint8"),
         "text": ({"train_labels": np.array(["a"] * len(rows))}, "store one whole number"),
@@ -1849,6 +1988,9 @@ def bad(tiny, tmp_path_factory):
         np.savez(folder / f"{name}.npz", **arrays)
     without = {key: value for key, value in good.items() if not key.startswith("val")}
     np.savez(folder / "noval.npz", **without)
+    some = np.concatenate([np.flatnonzero(good["train_labels"] == c)[:30] for c in range(6)])
+    fewer = {key: without[key][some] for key in ("train_images", "train_labels")}
+    np.savez(folder / "fewer.npz", **without | fewer)
     (folder / "cut.npz").write_bytes(Path(tiny).read_bytes()[:5000])
     for name in ("junk", "empty", "lists", "photos/train/a", "photos/train/fox", "photos/test/a"):
         (folder / name).mkdir(parents=True)
@@ -1889,6 +2031,7 @@ BOTH_SCRIPTS = [
 ]
 MORE_ALONE = [
     ("{several} --loss ce", "has several labels per image"),
+    ("{tiny} --optimizer adamw", "--optimizer adamw: the default rates are SGD's"),
     ("{tiny} --loss bsce --sampling class-aware", "--sampling class-aware: --loss bsce"),
     ("MORE --rank-ratio 1", "--rank-ratio 1: A and B would be as large as the weights"),
     ("MORE --out {more} --resume --amplitude 1", "--amplitude was 2.0, now 1.0"),
@@ -1902,6 +2045,7 @@ DO_ALONE = [
     ("{tiny} --epochs 1,2", "2 values for --order many,medium,few; give 3, or one for all"),
     ("{several}", "several labels per image, which DO is not for"),
     ("--dataset {bad}/noval.npz --gamma auto", "--gamma auto"),
+    ("--dataset {bad}/fewer.npz --order many,few --gamma auto", "stage's classes; many has none"),
     ("DO --out {do}", "holds a run"),
     ("DO --out {do} --resume --rho 0.6", "--rho was 0.7, now 0.6"),
 ]
@@ -1938,6 +2082,24 @@ def test_errors_are_one_line_on_stderr_and_exit_code_2(command, said):
     assert done.returncode == 2
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
+
+def test_names_in_another_encoding_and_a_reader_that_leaves(more_run, tmp_path):
+    folder = tmp_path / "new"
+    photograph(folder / "0.png")
+    try:
+        os.rename(folder / "0.png", os.fsencode(folder) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    command = [sys.executable, HERE / "models.py", more_run.out / "model.pt", folder]
+    table = tmp_path / "labels.csv"
+    done = subprocess.run([*command, "--csv", table], capture_output=True)
+    assert done.returncode == 0
+    assert b"caf\\udce9.png  " in done.stdout
+    assert b"caf\xe9.png," in table.read_bytes()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
 
 @pytest.mark.parametrize("script, loss, flags", [
     (do_lt, "compensation_loss", do_flags), (more_lt, "more_loss", more_flags),
@@ -1995,7 +2157,7 @@ LIFTED = [  # pieces in an empty file with the others that they need, and what t
      "assert len(ClassSampler([0, 0, 1], [0.5, 0.5], 8, 0).indices()) == 8"),
     ("more_lt", "more_loss discrepancies",
      "z = torch.rand(2, 3)\nassert more_loss(z, z, z[0], torch.tensor([0, 2])) == 0"),
-    ("models", "add_low_rank LowRank classifier_name weight_layers",
+    ("models", "add_low_rank LowRank classifier_names weight_layers",
      "net = add_low_rank(nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 4)))\n"
      "assert hasattr(net[0], 'parametrizations') and not hasattr(net[1], 'parametrizations')"),
     ("models", "general_only LowRank",

@@ -232,7 +232,8 @@ def any_runs(paths, shifts):
         name = path.parent.name if path.name == "result.json" else path.stem
         name = re.sub(r"_seed\d+", "", name)
         result = json.loads(path.read_text())
-        minutes = (result["train_seconds"] + result["eval_seconds"]) / 60
+        parts = ("train_seconds", "tpd_seconds", "eval_seconds")
+        minutes = sum(result.get(part, 0) for part in parts) / 60
         for kind, accuracy in figures_of(result).items():
             row = [accuracy[group] for group in GROUPS]
             row += [shifted(accuracy["per_class"], counts_of(result), shift) for shift in shifts]
