@@ -76,7 +76,7 @@ reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50
 
 PHOTOS = $(notdir $(patsubst %/,%,$(DATA)))
 reproduce-folder: .venv/ready  ## DATA: photographs in train/CLASS, val/CLASS, test/CLASS; PACK: their side once decoded
-	$(V) data_lt.py --dataset $(DATA) --pack runs/packed_$(PHOTOS) --size $(PACK)
+	test -f runs/packed_$(PHOTOS)/about.json || $(V) data_lt.py --dataset $(DATA) --pack runs/packed_$(PHOTOS) --size $(PACK)
 	$(call reproduce,folder_$(PHOTOS),--dataset runs/packed_$(PHOTOS),bsce,do,ce)
 
 reproduce-imagenet: .venv/ready  ## DATA holds ImageNet's train/ and val/, LISTS its ImageNet_LT_*.txt
@@ -91,7 +91,7 @@ reproduce-inat: .venv/ready  ## DATA holds train_val2018/, LISTS train2018.json 
 reproduce-voc: .venv/ready  ## DATA holds VOCdevkit/VOC2012 and VOC2007, LISTS img_id.txt or voc_mlt_train_labels.txt
 	$(call reproduce,voc_mlt,--dataset voc_mlt,bce asl db)
 
-reproduce-coco: .venv/ready  ## DATA: train2017/, val2017/, annotations/; LISTS: img_id.txt or coco_mlt_train_labels.txt
+reproduce-coco: .venv/ready  ## DATA: train2017/, val2017/, annotations/; LISTS: img_id.pkl or coco_mlt_train_labels.txt
 	$(call reproduce,coco_mlt,--dataset coco_mlt,bce asl db)
 
 clean:  ## what can be made again in minutes; runs/ stays but for the demo

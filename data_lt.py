@@ -824,10 +824,16 @@ def restore_images(data, saved, run):
         found = fingerprint(data)
         same = torch.equal(saved["labels"], found["labels"]) and saved["images"] == found["images"]
     if not same:
-        raise InputError(f"{run} is of a run on other training images; give another --out")
+        raise InputError(f"{run} is of a run on other training images, or of an older version of "
+                         "this code; give another --out")
     if not photographs:
         return
     root = common_folder(data)
+    known = {os.path.join(root, path) for part in PARTS for path in saved[part]["paths"]}
+    found = {os.path.abspath(path) for part in PARTS for path in getattr(data, part).images}
+    if found - known:
+        print(f"note: {len(found - known):,} images that were not there when this run began are "
+              "not used")
     for part, kind in zip(PARTS, ("training", "validation", "test")):
         paths = [os.path.join(root, path) for path in saved[part]["paths"]]
         there = np.array([os.path.exists(path) for path in paths], dtype=bool)
@@ -851,7 +857,7 @@ def restore_images(data, saved, run):
                          "left; put its images back or give another --out")
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None,
-                 resumed=False):
+                 check=True):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
 
     name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
@@ -861,22 +867,15 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
 
     imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
     for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
-    which photographs are brought (224). resumed: images of a list that are gone since are left
-    out, which is an error otherwise. A dataset without validation images gets those that the
-    long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
+    which photographs are brought (224). check: see check_photographs. A dataset without validation
+    images gets those that the long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises
+    InputError.
     """
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":
         raise InputError("--imb-type step: give the ratio as --imb")
     arrays = read_dataset(name, Path(root), Path(lists or root), split_seed)
     source = str(arrays["source"])
-    images = arrays["train_images"]
-    if resumed and name in READERS and on_disk(images):  # restore_images names those left out
-        for part in PARTS:
-            there = [os.path.exists(path) for path in arrays.get(f"{part}_images", [])]
-            if there:
-                for key in (f"{part}_images", f"{part}_labels"):
-                    arrays[key] = np.asarray(arrays[key])[there]
     splits, class_names = check_arrays(source, arrays)
     if len(class_names) == 1 and splits["train"].labels.ndim == 1:
         raise InputError(f"{source}: has only the class {class_names[0]}; give data of two classes "
@@ -892,11 +891,12 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     untested = int((class_counts(splits["test"].labels, len(class_names)) == 0).sum())
     if untested:
         print(f"warning: {untested} of {len(class_names)} classes have no test image")
-    if on_disk(train.images) and RANK == 0:
-        check_photographs([path for split in splits.values() for path in split.images])
     shown = image_size(source, train.images, size, arrays)
     name = str(arrays.get("name", name))
-    return Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
+    data = Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
+    if check:
+        check_photographs(data)
+    return data
 
 def read_dataset(name, root, lists, split_seed):
     """What a reader finds, {"train_images": .., "train_labels": .., .., "source": what was read}.
@@ -1070,6 +1070,8 @@ def write_file(path, write, keep_previous=False):
         if keep_previous and Path(path).exists():
             os.replace(path, f"{path}.prev")
         os.replace(tmp, path)
+    except BrokenPipeError:  # of what `write` prints
+        raise
     except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as RuntimeError
         if "CUDA" in str(error):
             raise
@@ -1135,11 +1137,11 @@ def pack(data, target, size, workers):
         "name": recipe_name(data.name),
         "photographs": data.photographs,
         "class_names": data.class_names,
+        "resize": data.resize,
     }
     if one_file:
         if on_disk(data.train.images):
             about["photographs"] = False  # cut to what the network sees
-            about["resize"] = data.resize
         saves |= {key: partial(np.save, arr=value) for key, value in about.items()}
         write_file(target, partial(save_archive, saves=saves))
     else:
@@ -1196,10 +1198,10 @@ def decoded_pixels(paths, transform, workers):
         yield x.permute(0, 2, 3, 1).contiguous().numpy()
 
 def read_about(folder):
-    """What `pack` wrote about a folder: name, photographs, class_names. Raises InputError."""
+    """What `pack` wrote about a folder. Raises InputError."""
     with reading(folder / "about.json", "write the folder again with --pack"):
         about = json.loads((folder / "about.json").read_text())
-        return {key: about[key] for key in ("name", "photographs", "class_names")}
+        return {key: about[key] for key in ("name", "photographs", "class_names", "resize")}
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
@@ -1269,7 +1271,7 @@ def read_folder(path, split_seed):
     places = {}
     for place in sorted(path.iterdir()):
         part = FOLDERS.get(place.name.lower())
-        if part and place.is_dir():
+        if part and place.is_dir() and subfolders(place):  # without: a class called train
             if part in places:
                 raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the "
                                  f"{part} part; keep one of them")
@@ -1293,8 +1295,8 @@ def say_skipped(path, skipped, file=None):
 def read_parts(path, places, skipped):
     """(class names, {part: (paths, labels)}) of a folder with train/ and test/ or val/."""
     if "train" not in places or len(places) == 1:
-        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); it has "
-                         f"{', '.join(places)}")
+        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); of these it has "
+                         f"{', '.join(place.name for place in places.values())}/CLASS")
     if "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
         places["test"] = places.pop("val")
     names = class_folders(places["train"])
@@ -1338,9 +1340,12 @@ def split_flat_folder(path, split_seed, skipped):
               "holds them")
     return names, files
 
-def check_photographs(paths):
-    """Open the headers of all photographs, in parallel and with progress. Raises InputError with
-    the number of those that cannot be read, and the first."""
+def check_photographs(data):
+    """Open the headers of all photographs of a dataset on disk, in process 0, in parallel and with
+    progress. Raises InputError with the number of those that cannot be read, and the first."""
+    if RANK or not on_disk(data.train.images):
+        return
+    paths = [path for part in PARTS for path in getattr(data, part).images]
     def broken(path):
         """What is wrong with a file, or None."""
         try:
@@ -1350,19 +1355,23 @@ def check_photographs(paths):
             return f"{path} ({type(error).__name__})"
     bad = []
     with ThreadPoolExecutor(16) as pool:
-        for done, problem in enumerate(pool.map(broken, paths), 1):
-            if problem:
-                bad.append(problem)
-            if len(paths) >= 2000 and (done % 1000 == 0 or done == len(paths)):
-                show_progress("photographs checked", done, len(paths))
+        for start in range(0, len(paths), 1000):
+            some = paths[start : start + 1000]
+            bad += [problem for problem in pool.map(broken, some) if problem]
+            if len(paths) >= 2000:
+                show_progress("photographs checked", start + len(some), len(paths))
     if bad:
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
                          f"{bad[0]}; replace or remove them, or give the folder that holds them "
                          "as --data-root")
 
+def subfolders(place):
+    """Names of the folders in a folder, sorted, without those with a dot in front."""
+    return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+
 def class_folders(place):
     """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
-    names = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = subfolders(place)
     if not names:
         raise InputError(f"{place}: no class folders in it; every class needs a folder of images")
     return names
@@ -1516,11 +1525,11 @@ def voc_classes(folder, image_id):
 def read_coco_mlt(root, lists, split_seed):
     """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, tested on COCO 2017 val.
 
-    By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and COCO's
-    annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images without
-    an object are left out. Raises InputError.
+    By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.pkl, which is a text, and
+    COCO's annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images
+    without an object are left out. Raises InputError.
     """
-    choices = ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.txt")
+    choices = ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.pkl", "img_id.txt")
     source, train_ids, train_classes = find_list(lists, choices, 1909)
     found, files, names = coco_annotations(root, "val")
     if not all(train_classes):
@@ -1583,21 +1592,33 @@ SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden g
           "sky snow street sunset temple town valley water waterfall window").split()
 
 def read_nuswide_scene(root, lists, split_seed):
-    """NUS-WIDE's 33 scenes (Chua et al., CIVR 2009) from its published files in `lists`:
-    ImageList/TrainImagelist.txt, Groundtruth/TrainTestLabels/Labels_SCENE_Train.txt, and the same
-    of Test. Photographs in ROOT/Flickr; those without a scene are left out. Raises InputError."""
+    """NUS-WIDE-SCENE (Chua et al., CIVR 2009), 33 labels, from its published files in `lists`:
+    SCENE/imagelist/Train_imageOutPutFileList.txt, SCENE/groundtruth/Train_Labels_airport.txt ..,
+    and the same of Test.
+
+    Without them all of NUS-WIDE's images with one of these labels: ImageList/TrainImagelist.txt,
+    Groundtruth/TrainTestLabels/Labels_airport_Train.txt .. Photographs in ROOT/Flickr; those
+    without a scene are left out. Raises InputError.
+    """
+    listing = "SCENE/imagelist/{part}_imageOutPutFileList.txt"
+    truth = "SCENE/groundtruth/{part}_Labels_{scene}.txt"
+    if not (lists / listing.format(part="Train")).is_file():
+        listing = "ImageList/{part}Imagelist.txt"
+        truth = "Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt"
     parts = {}
     for part in ("Train", "Test"):
-        with reading(lists, "give the folder with NUS-WIDE's Groundtruth and ImageList as --lists"):
-            listing = (lists / "ImageList" / f"{part}Imagelist.txt").read_text()
-            files = listing.replace("\\", "/").split()
-            truth = []
-            for scene in SCENES:
-                file = f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt"
-                truth.append((lists / file).read_text().split())
-            labels = np.array(truth, np.int64).reshape(len(SCENES), len(files)).T
+        with reading(lists, "give the folder with NUS-WIDE's SCENE, or its Groundtruth and "
+                            "ImageList, as --lists"):
+            text = (lists / listing.format(part=part)).read_text()
+            files = text.replace("\\", "/").split()
+            known = [lists / truth.format(part=part, scene=scene) for scene in SCENES]
+            truth_of = [file.read_text().split() for file in known]
+            labels = np.array(truth_of, np.int64).reshape(len(SCENES), len(files)).T
         kept = np.flatnonzero(labels.any(1))
         parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in kept], labels[kept]
+    if not listing.startswith("SCENE"):
+        print(f"note: {lists} has no SCENE/imagelist, so all scenes of NUS-WIDE are taken: more "
+              "images than its subset NUS-WIDE-SCENE has")
     return as_arrays(parts, SCENES)
 
 # The places of synth's classes on the scale of wavelengths, the most frequent class first: the
@@ -1655,7 +1676,7 @@ READERS = {  # --dataset: reader(root, lists, split_seed) -> arrays
 
 class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        default = action.default not in (None, False)
+        default = action.default not in (None, False, argparse.SUPPRESS)
         return f"{action.help} (default %(default)s)" if default else action.help
 
 def argument_parser(description):
@@ -1731,7 +1752,7 @@ def load_from_flags(args):
         args.imb_type,
         args.size,
         args.lists,
-        getattr(args, "resume", False),
+        check=not getattr(args, "resume", False),  # find_checkpoint knows which images it needs
     )
     groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
     most = data.counts.max()
@@ -1794,15 +1815,17 @@ def run_script(main):
     """Call main() as a script: bad input is one line on stderr and exit code 2, Ctrl-C one line
     and 130."""
     process = f" in process {RANK}" if RANK else ""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         main()
     except InputError as error:
         print(f"error{process}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):
-        print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch, and "
-              "another --out", file=sys.stderr)
+        print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch (and "
+              "another --out) or, where the training has ended, --resume --device cpu",
+              file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of this output has gone: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

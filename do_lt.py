@@ -23,6 +23,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +37,10 @@ from filelock import FileLock, Timeout
 from torch.optim.swa_utils import update_bn
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser, either, find_device,
-                     fingerprint, group_means, load_from_flags, number, read_checkpoint, reading,
-                     recipe_name, restore_images, run_script, seed_from, several, show_table,
-                     show_worst_classes, top_1, write_csv, write_file)
+                     add_system_arguments, all_sum, argument_parser, check_photographs, either,
+                     find_device, fingerprint, group_means, load_from_flags, number,
+                     read_checkpoint, reading, recipe_name, restore_images, run_script, seed_from,
+                     several, show_table, show_worst_classes, top_1, write_csv, write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model,
                     classifier_content, clock, keep_stage_rest, network_stats, owned_layers,
                     plain_state, precision_rates, submodel_state, synchronized, weight_layers)
@@ -632,16 +633,16 @@ def instance_weights(p1, p2):
     softmax of T numbers: no gradient, no step size, no pass of the network.
     """
     lattice = simplex_lattice(len(p1)).to(p1.device)
-    parts = zip(p1.double().split(4096, 1), p2.double().split(4096, 1))
-    best = [agreement(a, b, lattice).argmax(1) for a, b in parts]
+    parts = zip(p1.split(4096, 1), p2.split(4096, 1))
+    best = [agreement(a.double(), b.double(), lattice).argmax(1) for a, b in parts]
     return lattice[torch.cat(best)].float()
 
 def group_weights(p1, p2):
     """The one lambda for the whole test set, (T,), with the best mean agreement; see
     instance_weights."""
     lattice = simplex_lattice(len(p1)).to(p1.device)
-    parts = zip(p1.double().split(4096, 1), p2.double().split(4096, 1))
-    total = sum(agreement(a, b, lattice).sum(0) for a, b in parts)
+    parts = zip(p1.split(4096, 1), p2.split(4096, 1))
+    total = sum(agreement(a.double(), b.double(), lattice).sum(0) for a, b in parts)
     return lattice[total.argmax()].float()
 
 def product_bias(b, d, counts):
@@ -718,7 +719,7 @@ def importance_by_group(network, loader, images):
 
 def mean_log(probs):
     """Mean over the views of the logarithms: T x V x N x K -> T x N x K."""
-    return probs.clamp_min(1e-12).log().mean(1)
+    return torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
 
 def oracle(probs, labels, stages, num_classes):
     """Predictions N x K with each image routed to the sub-model of its true group; of a class
@@ -802,7 +803,8 @@ def test_time(model, stages, loader, run):
             found.append(loader.predict(network, part, args.views, args.seed).softmax(2))
         images = args.importance_images
         report["importance_by_group"][name] = importance_by_group(network, loader, images)
-    val, test = (torch.stack(found) for found in views.values())  # (1 + T) x V x N x K
+    val = torch.stack(views.pop("val"))  # (1 + T) x V x N x K
+    test = torch.stack(views.pop("test"))  # popped: on large data a second copy takes gigabytes
 
     weights = torch.tensor([1 / T] * T + [0.0, 0.0], device=loader.device)
     report["fitted"] = enough_to_fit(data.val.labels, stages, data.num_classes)
@@ -913,9 +915,11 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # the others wait while process 0 looks at half a million photographs on a slow disk
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
         if RANK:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device
 
 def run_name(method, args):
@@ -984,7 +988,7 @@ def stop_unless_finite(loss, model, where, flags="--lr"):
         sys.exit(3)
 
 def find_checkpoint(args, data):
-    """The checkpoint in --out of the run to resume, else {}; the data get its training images."""
+    """The checkpoint in --out of the run to resume, else {}; the data get its images."""
     last = Path(args.out) / "last.pt"
     if not args.resume:
         if list(last.parent.glob("last.pt*")):
@@ -998,6 +1002,7 @@ def find_checkpoint(args, data):
         raise InputError(f"{last} is not a checkpoint of this script; give another --out")
     else:
         restore_images(data, resumed["data"], args.out)
+    check_photographs(data)
     return resumed
 
 class Run:

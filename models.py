@@ -9,6 +9,7 @@
     python models.py runs/NAME/model.pt PHOTO_OR_FOLDER ...    label photographs with it
 """
 import copy
+import os
 import socket
 import sys
 import time
@@ -504,23 +505,30 @@ def main(argv=None):
     args = parser.parse_args(argv)
     classifier = load_classifier(args.model).to(find_device(args.device))
     paths = []
+    complete = True
     for path in args.photos:
         skipped = Counter()
         found = image_files(path, skipped) if Path(path).is_dir() else [path]
         say_skipped(path, skipped, sys.stderr)
         if not found:
-            raise InputError(f"{path}: no image in it; give photographs or folders that hold some")
+            print(f"error: {path}: no image in it", file=sys.stderr)
         paths += found
+        complete = complete and bool(found)
     head = ["file", "class", "probability", "second class", "its probability"]
     head = head[:3] if classifier.multi_label else head
     rows = []
     for path, probs in label_photographs(classifier, paths):
         rows.append([path, *answer(probs, classifier.class_names, classifier.multi_label)])
-        print("  ".join(rows[-1]), flush=True)
+        try:
+            print("  ".join(rows[-1]), flush=True)
+        except BrokenPipeError:  # | head
+            if not args.csv:
+                raise
+            sys.stdout = open(os.devnull, "w")
 
     if args.csv:
         write_csv(args.csv, head, rows)
-    sys.exit(1 if len(rows) < len(paths) else 0)
+    sys.exit(0 if complete and len(rows) == len(paths) else 1)
 
 if __name__ == "__main__":
     run_script(main)

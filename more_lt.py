@@ -20,6 +20,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +33,9 @@ from filelock import FileLock, Timeout
 from torchvision.ops import sigmoid_focal_loss
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser, find_device, fingerprint,
-                     group_means, listed, load_from_flags, number, read_checkpoint, reading,
-                     recipe_name, restore_images, run_script, seed_from, show_table,
+                     add_system_arguments, all_sum, argument_parser, check_photographs, find_device,
+                     fingerprint, group_means, listed, load_from_flags, number, read_checkpoint,
+                     reading, recipe_name, restore_images, run_script, seed_from, show_table,
                      show_worst_classes, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
@@ -630,9 +631,11 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # the others wait while process 0 looks at half a million photographs on a slow disk
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
         if RANK:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device
 
 def run_name(method, args):
@@ -701,7 +704,7 @@ def stop_unless_finite(loss, model, where, flags="--lr"):
         sys.exit(3)
 
 def find_checkpoint(args, data):
-    """The checkpoint in --out of the run to resume, else {}; the data get its training images."""
+    """The checkpoint in --out of the run to resume, else {}; the data get its images."""
     last = Path(args.out) / "last.pt"
     if not args.resume:
         if list(last.parent.glob("last.pt*")):
@@ -715,6 +718,7 @@ def find_checkpoint(args, data):
         raise InputError(f"{last} is not a checkpoint of this script; give another --out")
     else:
         restore_images(data, resumed["data"], args.out)
+    check_photographs(data)
     return resumed
 
 class Run:

@@ -573,8 +573,12 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
         models.main([str(out / "model.pt"), str(tmp_path / "new")])
     assert "new: 1 files skipped (1 .heic)" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: no image in it"):
+    with pytest.raises(SystemExit) as ended:
         models.main([str(out / "model.pt"), str(tmp_path / "empty"), files[0]])
+    found = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "empty: no image in it" in found.err
+    assert found.out.startswith(files[0])
 
 def test_several_labels_are_each_named_above_one_half():
     names = ["sea", "sunset", "trees"]
@@ -628,9 +632,11 @@ def test_batch_norm_of_all_processes_keeps_timms_activations():
     assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
     assert torch.equal(model(x), before)
 
-def test_a_distilled_network_has_two_last_layers():
+def test_a_distilled_network_has_two_last_layers(tmp_path):
     model = models.build_model("timm:repvit_m0_9", 3)
     assert models.classifier_names(model) == ["head.head.l", "head.head_dist.l"]
+    torch.save(models.build_model("timm:repvit_m0_9", 5).state_dict(), tmp_path / "five.pt")
+    models.load_weights(model, tmp_path / "five.pt")  # all but its last layers
     owned = models.owned_layers(models.add_owner_masks(model))
     assert len(owned) == len(models.weight_layers(model)) - 2
 
@@ -802,7 +808,7 @@ def test_do_run_leaves_what_it_says(do_run):
     written = json.loads((do_run.out / "result.json").read_text())
     keys = ("method dataset imb arch seed split_seed epochs args counts acc clean per_class ece "
             "submodels aggregations lambda_by_group gammas importance_by_group fitted "
-            "images_per_second train_seconds eval_seconds device torch git")
+            "images_per_second train_seconds tpd_seconds eval_seconds device torch git")
     assert set(written) >= set(keys.split())
     ends = [label.split(")")[1].strip() for label in written["submodels"]]
     assert ends == ["after CPO", "after TPD", "after CPO", "after TPD", "after CPO"]
@@ -1317,7 +1323,7 @@ def test_coco_mlt_by_its_labels_or_by_cocos_annotations(tmp_path):
         "images": [],
         "annotations": [{"image_id": 1, "category_id": 90}, {"image_id": 2, "category_id": 3}],
     })
-    layout.text("lists/coco_mlt_img_id.txt", ["1", "2"])
+    layout.text("lists/img_id.pkl", ["1", "2"])  # the published name of a text
     data = load_dataset("coco_mlt", tmp_path, lists=tmp_path / "lists")
     assert data.train.labels.tolist() == [[0, 1], [1, 0]]
 
@@ -1333,7 +1339,7 @@ def test_miml_by_its_matlab_file(tmp_path):
     number = int(Path(data.test.images[0]).stem)
     assert np.flatnonzero(data.test.labels[0]).tolist() == [(number - 1) % 5]
 
-def test_nuswide_scenes_by_their_published_files(tmp_path):
+def test_nuswide_scenes_by_their_published_files(tmp_path, capsys):
     layout = Layout(tmp_path)
     for part in ("Train", "Test"):
         layout.text(f"ImageList/{part}Imagelist.txt", [f"a\\{i}.jpg" for i in range(34)])
@@ -1346,6 +1352,14 @@ def test_nuswide_scenes_by_their_published_files(tmp_path):
         load_dataset("nuswide_scene", tmp_path)
     layout.photos(*[f"Flickr/a/{i}.jpg" for i in range(34)])
     assert load_dataset("nuswide_scene", tmp_path).counts.tolist() == [1] * 33
+    assert "so all scenes of NUS-WIDE are taken" in capsys.readouterr().out
+    for part in ("Train", "Test"):
+        layout.text(f"SCENE/imagelist/{part}_imageOutPutFileList.txt", ["a\\3.jpg", "a\\4.jpg"])
+        for scene in data_lt.SCENES:
+            layout.text(f"SCENE/groundtruth/{part}_Labels_{scene}.txt", ["1", "0"])
+    data = load_dataset("nuswide_scene", tmp_path)
+    assert data.counts.tolist() == [1] * 33
+    assert [Path(path).name for path in data.test.images] == ["3.jpg"]
 
 @pytest.mark.parametrize("name, message, listed", [
     ("voc_mlt", "unpack VOC 2012", True), ("coco_mlt", "unpack COCO", True),
@@ -1469,6 +1483,8 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path, monke
     one = load_dataset(str(tmp_path / "one.npz"))
     assert one.test.images.shape == (12, 35, 35, 3)
     assert one.resize == 40, "new photographs are brought to what the packed ones were"
+    data_lt.pack(one, tmp_path / "again", 0, 0)
+    assert load_dataset(str(tmp_path / "again")).resize == 40
     smooth = tmp_path / "smooth"
     gradient = np.linspace(0, 255, 240 * 240).astype(np.uint8).reshape(240, 240)
     photograph(smooth / "train" / "a" / "0.png", gradient)
@@ -1491,13 +1507,20 @@ def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, 
              f"--arch resnet20 --pretrained 0 --epochs 1 --batch-size 4 --device cpu --workers 0 "
              f"--no-more --out {tmp_path}/run").split()
     more_lt.main(flags)
-    (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with pytest.raises(InputError, match="1 of 12 photographs cannot be read"):
-        more_lt.main([*flags[:-1], f"{tmp_path}/other"])
+    for lost in (2, 8, 10):
+        (tmp_path / "images" / "train" / "a" / f"{lost}.jpg").unlink()
+    for resume in ([], ["--resume"]):  # which a first run may say as well
+        with pytest.raises(InputError, match="3 of 12 photographs cannot be read"):
+            more_lt.main([*flags[:-1], f"{tmp_path}/other", *resume])
     capsys.readouterr()
     again = more_lt.main([*flags, "--resume"])
-    assert "1 training images of this run are gone and left out: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for kind in ("training", "validation", "test"):
+        assert f"1 {kind} images of this run are gone and left out: " in said
     assert again["counts"] == [4, 4]
+    (tmp_path / "images" / "train" / "a" / "11.jpg").unlink()
+    with pytest.raises(InputError, match="none of its test images is left"):
+        more_lt.main([*flags, "--resume"])
 
 def test_large_images_are_predicted_in_small_groups(tmp_path):
     rng = np.random.default_rng(0)
@@ -1634,9 +1657,11 @@ def test_a_flat_folder_is_not_split_anew_when_a_photograph_is_gone(tmp_path, cap
         Path(split.images[0]).unlink()
     redrawn = load_dataset(str(folder), size=16)
     assert set(redrawn.test.images) & set(before.train.images), "a new draw would test on these"
+    fill(folder / "cat" / "new", 2)
     capsys.readouterr()
     more_lt.main([*flags, "--resume"])
     said = capsys.readouterr().out
+    assert "2 images that were not there when this run began are not used" in said
     assert "1 training images" in said and "1 validation images" in said and "1 test images" in said
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["data"]
     data_lt.restore_images(redrawn, saved, "run")
@@ -1657,6 +1682,9 @@ def test_parts_have_their_usual_names_and_a_folder_too_deep_is_noticed(tmp_path,
     fill(tmp_path / "photos" / "test" / "cat", 1)
     with pytest.raises(InputError, match="Testing/ and test/ are both the test part"):
         load_dataset(str(tmp_path / "photos"))
+    for vehicle in ("bus", "train"):
+        fill(tmp_path / "vehicles" / vehicle, 3)
+    assert load_dataset(str(tmp_path / "vehicles"), size=16).class_names == ["bus", "train"]
     for year in ("2024", "2025"):
         fill(tmp_path / "years" / year / "cat", 3)
     load_dataset(str(tmp_path / "years"), size=16)
@@ -2072,6 +2100,14 @@ def test_bad_input_is_one_line(script, flags, said, tiny, several, bad, do_run, 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "never").exists()
 
+@pytest.mark.parametrize("main", [data_lt.main, do_lt.main, models.main, more_lt.main])
+def test_help_has_every_flag_and_its_default(main, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "(default" in capsys.readouterr().out
+
 @pytest.mark.parametrize("command, said", [
     (["do_lt.py", "--dataset", "cifar1000"], "error: --dataset cifar1000"),
     (["models.py", "no.pt", "x.png"], "error: no.pt: no such file"),
@@ -2191,7 +2227,7 @@ def test_equations_carry_their_numbers(number, name):
 def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path, monkeypatch, capsys):
     """`make gpu`, tiny, the bench too; without CUDA and the switch it is one line and code 2."""
     script = [sys.executable, str(HERE / ".ci" / "gpu.py"), "--out", str(tmp_path)]
-    done = subprocess.run([*script, "--rehearse", "--only", "agreement,ResNet-32,torchrun"],
+    done = subprocess.run([*script, "--rehearse", "--only", "agreement+ResNet-32+torchrun"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())
