@@ -1676,8 +1676,8 @@ READERS = {  # --dataset: reader(root, lists, split_seed) -> arrays
 
 class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        default = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default %(default)s)" if default else action.help
+        none = action.default in (None, argparse.SUPPRESS) or action.default is False
+        return action.help if none else f"{action.help} (default %(default)s)"
 
 def argument_parser(description):
     """An ArgumentParser whose complaints are InputErrors, one line and exit code 2, as all others
