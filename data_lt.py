@@ -114,6 +114,7 @@ def longtail_indices(labels, counts, split_seed=0):
     and the first counts[c] are kept. labels: int (N,). Raises ValueError when a class has fewer
     images than counts asks for.
     """
+    labels = np.asarray(labels)
     rng = np.random.RandomState(split_seed)
     kept = []
     left = []
@@ -155,6 +156,7 @@ def longtail_multilabel(labels, counts, split_seed=0):
 
 def class_counts(labels, num_classes):
     """Images per class, int array (K,). labels: int (N,) or 0/1 N x K."""
+    labels = np.asarray(labels)
     if labels.ndim == 1:
         return np.bincount(labels, minlength=num_classes)
     return labels.sum(0, dtype=np.int64)
@@ -235,8 +237,8 @@ def group_accuracy(predicted, labels, counts):
     """Top-1 accuracy in percent: {"many", "medium", "few", "all"}, means over the classes of a
     group (None for an empty group), and "per_class", a list of K (None for a class without test
     images). predicted, labels: int tensors or arrays (N,); counts: (K,) training images."""
-    predicted = np.asarray(predicted)
-    labels = np.asarray(labels)
+    predicted = torch.as_tensor(predicted).cpu().numpy()
+    labels = torch.as_tensor(labels).cpu().numpy()
     total = np.bincount(labels, minlength=len(counts))
     correct = np.bincount(labels[predicted == labels], minlength=len(counts))
     per_class = 100 * correct / np.where(total == 0, np.nan, total)

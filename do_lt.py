@@ -262,6 +262,8 @@ def stage_class_probs(counts, stage, rho, few="balanced"):
     if stage == "many":
         probs = counts
     elif stage == "few":
+        if few not in ("balanced", "inverse"):
+            raise ValueError(f"{few}: unknown; take balanced or inverse")
         probs = np.ones_like(counts) if few == "balanced" else 1 / counts
     else:
         probs = np.full_like(counts, 1 - rho)
@@ -278,7 +280,7 @@ def compensation_alpha(counts, stage, rho):
 
     many: 1. medium: rho for medium classes, 1 - rho for the others (the paper's scalar rho
     cancels in the softmax). few: the label frequencies in reverse order, the rarest class gets
-    the largest. counts: (K,).
+    the largest; classes of equal count are ranked by index. counts: (K,).
     """
     counts = np.asarray(counts, dtype=np.float64)
     alpha = np.ones_like(counts)
@@ -418,6 +420,8 @@ def taylor_importance(weights, class_losses, kind="taylor", generator=None):
         return [w.detach().abs() for w in weights]
     if kind == "random":
         return [torch.rand(w.shape, generator=generator).to(w.device) for w in weights]
+    if kind not in ("taylor", "fisher"):
+        raise ValueError(f"{kind}: unknown; take taylor, fisher, l1 or random")
     scores = [torch.zeros_like(w) for w in weights]
     classes = 0
     for loss in class_losses:
@@ -668,6 +672,7 @@ def fit_product(logp, labels, counts):
     They calibrate the sub-models (Guo et al., ICML 2017) and take off their priors (Menon et al.,
     ICLR 2021). logp: T x N x K; labels: int (N,); counts: (K,) tensor.
     """
+    logp = logp.float()
     labels = torch.as_tensor(labels, device=logp.device)
     rare = 1 / torch.bincount(labels, minlength=len(counts)).clamp_min(1)[labels].float()
     start = [1 / len(logp)] * len(logp) + [0.0, 0.0]

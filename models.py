@@ -105,6 +105,7 @@ def check_takes(model, arch, size):
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"--arch {arch} cannot take images of {size[0]} pixels "
                          f"({str(error).splitlines()[0]}); give another --arch or --size") from None
+    model.train()
 
 def torchvision_model(arch, **options):
     """A classifier of torchvision's by name. Raises InputError for an unknown one."""
@@ -345,14 +346,19 @@ def add_low_rank(model, ratio=0.1):
     classifier's into W_g + B A; returns the model, which computes bit for bit what it did.
 
     Weights are left alone where the factors would have as many parameters (depthwise
-    convolutions). Draws A from the global torch generator. Source: MORE (Luo et al., NeurIPS
-    2025, arXiv 2510.08177), as known from secondary descriptions.
+    convolutions). Draws A from the global torch generator. Raises ValueError, before anything is
+    changed, for a weight that two layers share or that is parametrised already. Source: MORE (Luo
+    et al., NeurIPS 2025, arXiv 2510.08177), as known from secondary descriptions.
     """
     heads = classifier_names(model)
     layers = {name: (layer, "weight") for name, layer in weight_layers(model).items()}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
             layers[f"{name}.in_proj"] = (layer, "in_proj_weight")
+    weights = [layer._parameters.get(key) for layer, key in layers.values()]
+    if any(w is None for w in weights) or len(set(weights)) < len(weights):
+        raise ValueError("a weight of the network is shared by two layers or parametrised already, "
+                         "so B A cannot be added to it")
     for name, (layer, key) in layers.items():
         weight = getattr(layer, key)
         term = LowRank(weight, ratio)
@@ -364,8 +370,9 @@ def add_low_rank(model, ratio=0.1):
 def general_only(model):
     """Within it the network computes with W_g alone, and BatchNorm in training records no
     statistics."""
-    terms = [m for m in model.modules() if isinstance(m, LowRank)]
-    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    terms = [m for m in model.modules() if isinstance(m, LowRank) and not m.general]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
     for term in terms:
         term.general = True
     for norm in norms:
@@ -384,7 +391,12 @@ def merge_low_rank(model):
     for layer in list(model.modules()):
         for name, terms in list(getattr(layer, "parametrizations", {}).items()):
             if isinstance(terms[0], LowRank):
+                terms[0].general = False
+                kind = type(layer)  # a deepcopy of the network shares it, and removing changes it
+                layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+                for other in [key for key in layer._parameters if key != name]:
+                    layer._parameters[other] = layer._parameters.pop(other)  # the weight is first
     return model
 
 # ---------------------------------------------------------------------- what a run leaves: model.pt
@@ -426,17 +438,19 @@ class Classifier(nn.Module):
         self.resize = saved["resize"]
         self.multi_label = saved["multi_label"]
         networks = []
-        for state in saved["networks"]:
-            network = build_model(saved["arch"], len(self.class_names), size=self.size)
-            network.load_state_dict(state)
-            networks.append(network)
+        with torch.random.fork_rng(devices=[]):  # building draws from it, to no end here
+            for state in saved["networks"]:
+                network = build_model(saved["arch"], len(self.class_names), size=self.size)
+                network.load_state_dict(state)
+                networks.append(network)
         self.experts = Experts(networks, saved["weights"], saved["bias"], self.multi_label)
         self.register_buffer("mean", saved["mean"])
         self.register_buffer("std", saved["std"])
         self.eval()
 
     def forward(self, images):
-        return self.experts(normalize(images, self.mean, self.std))
+        x = normalize(images, self.mean, self.std)
+        return self.experts(x.to(self.mean.dtype))  # after .half() too
 
 def classifier_content(arch, loader, states, weights, bias):
     """The content of model.pt. states: plain state dicts of networks of the name `arch`; weights:

@@ -288,6 +288,8 @@ def discrepancies(full, general, kind="mse", multi_label=False):
         return (full - general).square().sum(1)
     if kind == "mse":
         return (full - general).square().mean(1)
+    if kind != "kl":
+        raise ValueError(f"{kind}: unknown; take l2, mse or kl")
     if multi_label:  # a sigmoid is a softmax over the logit and 0
         full, general = (torch.stack([z, torch.zeros_like(z)], 1) for z in (full, general))
     p = full.log_softmax(1)
@@ -598,7 +600,10 @@ def main(argv=None):
     start_from = not resumed and (args.weights or args.pretrained)
     model = build_model(args.arch, data.num_classes, start_from, data.size)
     if not args.no_more:  # every weight W_g + B A, at the start exactly the plain network
-        add_low_rank(model, args.rank_ratio)
+        try:
+            add_low_rank(model, args.rank_ratio)
+        except ValueError as error:
+            raise InputError(f"--arch {args.arch}: {error}; take another") from None
         if not low_rank_share(model):
             raise InputError(f"--rank-ratio {args.rank_ratio:g}: A and B would be as large as the "
                              "weights, so none is split; take less")

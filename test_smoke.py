@@ -196,6 +196,8 @@ def test_split_is_the_draw_of_ldam_drw():
     assert np.array_equal(np.random.get_state()[1], before), "the global state was touched"
     assert not set(kept) & set(left)
     assert len(kept) + len(left) == len(labels)
+    again, _ = longtail_indices(labels.tolist(), counts, split_seed=3)  # as torchvision has them
+    assert np.array_equal(again, kept)
 
 def test_multi_label_split_has_a_long_tail_and_keeps_validation_images_apart():
     rng = np.random.default_rng(0)
@@ -413,6 +415,7 @@ def test_networks_have_the_published_size_and_owners_beside_each_weight():
     parameters = models.build_model("resnet32", 10).parameters()
     assert sum(p.numel() for p in parameters) == 464154  # He et al.: 0.46 M
     assert models.build_model("resnet32", 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert models.build_model("resnet20", 7, size=(32, 32)).training
     plain = set(models.build_model("resnet50", 5).state_dict())
     for classifier, n in ((False, 53), (True, 54)):  # 53 convolutions and the classifier
         masked = models.add_owner_masks(models.build_model("resnet50", 5), classifier)
@@ -433,7 +436,7 @@ def test_low_rank_weights_start_plain_and_merge_into_a_plain_network(arch):
     last = model.get_submodule(models.classifier_names(model)[0])
     torch.nn.init.normal_(last.weight)  # some networks begin with zeros there
     x = torch.randn(2, 3, 64, 64)
-    keys = set(model.state_dict())
+    keys = list(model.state_dict())
     types = [type(m) for m in model.modules()]
     with torch.no_grad():
         before = model(x)
@@ -450,11 +453,38 @@ def test_low_rank_weights_start_plain_and_merge_into_a_plain_network(arch):
         with models.general_only(model):
             model(x)
         assert equal(models.plain_state(model), state), "BatchNorm's statistics stay"
-        models.merge_low_rank(model.eval())
+        merged = models.merge_low_rank(copy.deepcopy(model.eval()))
+        assert torch.equal(model(x), full), "the original lives on"
+        assert torch.equal(merged(x), models.merge_low_rank(model)(x))
         assert (model(x) - full).abs().max() < 1e-5
-    assert set(model.state_dict()) == keys
+    assert list(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == types
     plain_network(arch).load_state_dict(model.state_dict(), strict=True)
+
+def test_general_only_leaves_what_it_found():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Flatten(),
+                                torch.nn.Linear(16, 3))
+    models.add_low_rank(model, 0.5)
+    torch.nn.init.normal_(model[0].parametrizations.weight[0].B)
+    x = torch.randn(4, 3, 3, 3)
+    full = model(x)
+    with models.general_only(model):
+        general = model(x)
+        with models.general_only(model):
+            assert torch.equal(model(x), general)
+        assert torch.equal(model(x), general), "the inner block ends, not the outer"
+        merged = models.merge_low_rank(copy.deepcopy(model))
+    assert not torch.equal(general, full)
+    torch.testing.assert_close(merged(x), full)
+
+def test_shared_weights_are_refused_before_anything_is_changed():
+    layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+    layers[1].weight = layers[0].weight
+    model = torch.nn.Sequential(*layers)
+    with pytest.raises(ValueError, match="shared by two layers"):
+        models.add_low_rank(model)
+    assert type(layers[0]) is torch.nn.Linear
 
 @pytest.mark.parametrize("shape, a, b", [
     ((64, 32, 3, 3), (9, 96), (192, 9)),  # rank 3, k = 3: A (r k) x (in k), B (out k) x (r k)
@@ -519,11 +549,14 @@ def test_a_compiled_model_runs_compiled_in_training_alone():
 def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
     """Strict, from uint8 images, without the flags or the data of the run."""
     run = request.getfixturevalue(f"{name}_run")
+    random = torch.get_rng_state()
     classifier = models.load_classifier(run.out / "model.pt")
+    assert torch.equal(torch.get_rng_state(), random), "loading draws nothing"
     data = load_dataset(str(tiny))
     images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2)
     logp = classifier(images)
     assert torch.allclose(logp.exp().sum(1), torch.ones(len(images)), atol=1e-5)
+    assert (copy.deepcopy(classifier).double()(images) - logp).abs().max() < 1e-4
     accuracy = data_lt.group_accuracy(logp.argmax(1), data.test.labels, data.counts)
     assert accuracy["all"] == pytest.approx(run.result["clean"]["all"])
     if name == "do":
@@ -1079,6 +1112,8 @@ def test_more_loss_by_hand(logits):
         for kind in ("l2", "mse", "kl")
     }
     assert found == pytest.approx({"l2": l2.item(), "mse": l2.item() / 3, "kl": kl.item()})
+    with pytest.raises(ValueError, match="MSE: unknown"):
+        more_lt.more_loss(full, general, prior, y, "MSE")
     weights = [more_lt.sinusoidal_weight(step, 10, 3.0) for step in (0, 5, 10)]
     assert weights == pytest.approx([0, 3.0, 0])
 
