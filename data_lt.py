@@ -308,8 +308,9 @@ def table(title, rows, columns, form=".1f"):
 def show_table(folder, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
     """Print a `table`, and draw it as FOLDER/NAME.png."""
     print("\n" + table(title, rows, columns, form))
+    drawn = [column for column in columns if column != "ece"]  # less is better there
     try:
-        write_file(folder / f"{name}.png", lambda tmp: draw_bars(tmp, title, rows, columns))
+        write_file(folder / f"{name}.png", lambda tmp: draw_bars(tmp, title, rows, drawn))
     except ImportError:
         print(f"no {name}.png: pip install matplotlib")
 
@@ -889,7 +890,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     counts = class_counts(train.labels, len(class_names))
     if counts.min() == 0:
         raise InputError(f"{source}: class {class_names[counts.argmin()]} has no training image; "
-                         "drop the class, add images or take a smaller --imb")
+                         "drop the class (labels count from 0), add images or take a smaller --imb")
     untested = int((class_counts(splits["test"].labels, len(class_names)) == 0).sum())
     if untested:
         print(f"warning: {untested} of {len(class_names)} classes have no test image")
@@ -1078,8 +1079,8 @@ def write_file(path, write, keep_previous=False):
         if "CUDA" in str(error):
             raise
         why = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room, "
-                         "then run it again (with --resume)") from None
+        raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room "
+                         "or give another path, then run it again") from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -1154,13 +1155,15 @@ def pack(data, target, size, workers):
 
 def make_room(data, target, size):
     """The folder that `pack` writes into, without the mark of a whole pack, about.json. Raises
-    InputError when the disk has too little room."""
+    InputError for a folder that holds folders, and when the disk has too little room."""
     needed = 0
     for part in PARTS:
         images = getattr(data, part).images
         needed += len(images) * size * size * 3 if on_disk(images) else images.nbytes
     with reading(target, "give a folder that can be written as --pack"):
         target.mkdir(parents=True, exist_ok=True)
+        if subfolders(target):
+            raise InputError(f"--pack {target}: holds folders of its own; give a new folder")
         free = shutil.disk_usage(target).free
         if free < needed:
             raise InputError(f"--pack {target}: needs {needed / 2 ** 30:.1f} GiB, of which "
@@ -1363,9 +1366,9 @@ def check_photographs(data):
             if len(paths) >= 2000:
                 show_progress("photographs checked", start + len(some), len(paths))
     if bad:
+        listed = ", or give the folder that holds them as --data-root" * (data.name in READERS)
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
-                         f"{bad[0]}; replace or remove them, or give the folder that holds them "
-                         "as --data-root")
+                         f"{bad[0]}; replace or remove them{listed}")
 
 def subfolders(place):
     """Names of the folders in a folder, sorted, without those with a dot in front."""
@@ -1575,7 +1578,8 @@ def read_miml(root, lists, split_seed):
             files = cells[1:, 0]
             labels = cells[1:, 1:].astype(np.int64)
         else:
-            targets = scipy.io.loadmat(base / "miml data.mat")["targets"]
+            with open(base / "miml data.mat", "rb") as file:
+                targets = scipy.io.loadmat(file)["targets"]
             labels = (targets.T > 0).astype(np.int64)
             names = "desert mountains sea sunset trees".split()
             files = [f"{i + 1}.jpg" for i in range(len(labels))]
@@ -1833,7 +1837,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print("interrupted; a training goes on from its last checkpoint with --resume",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -21,6 +21,7 @@ they train on in every stage, and each stage keeps a copy for its sub-model.
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from datetime import timedelta
@@ -815,11 +816,6 @@ def test_time(model, stages, loader, run):
     report["fitted"] = enough_to_fit(data.val.labels, stages, data.num_classes)
     if report["fitted"]:
         weights = fit_product(mean_log(val[1:]), data.val.labels, data.counts)
-    else:
-        print(
-            "\nThe product is not fitted, its sub-models get equal weights: fitting needs 5 "
-            "validation images in half of the classes of each stage's group"
-        )
     report["val"] = aggregate(val[1:], weights, data.val, stages, data) if len(data.val) else None
     report["test"] = aggregate(test[1:], weights, data.test, stages, data)
     report |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group")}
@@ -885,6 +881,9 @@ def main(argv=None):
     settle(args, data)
     run = Run(args, data, resumed)
     stages = make_stages(args, data, device)
+    if not enough_to_fit(data.val.labels, stages, data.num_classes):
+        print("note: the sub-models will be mixed with equal weights: to fit them needs 5 "
+              "validation images in half of the classes of each stage's group")
     stats = network_stats(args.arch)
     loader = Loader(data, device, args.batch_size, args.aug, args.workers, stats)
     torch.manual_seed(args.seed)
@@ -1096,6 +1095,7 @@ def finish(run, method, chosen, saved, loader):
         "acc": {group: chosen[group] for group in (*GROUPS, "all")},
         "per_class": chosen["per_class"],
         "ece": chosen["ece"],
+        "class_names": run.data["class_names"],
         "counts": run.data["counts"],
         "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
         "device": device,
@@ -1109,8 +1109,8 @@ def finish(run, method, chosen, saved, loader):
     result |= report
     write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
     write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    print(f"\nresult: {folder}/result.json; label photographs with: python models.py "
-          f"{folder}/model.pt PHOTOS")
+    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
+    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
     return result
 
 def commit():

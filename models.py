@@ -9,7 +9,6 @@
     python models.py runs/NAME/model.pt PHOTO_OR_FOLDER ...    label photographs with it
 """
 import copy
-import os
 import socket
 import sys
 import time
@@ -188,12 +187,17 @@ def network_stats(arch):
     return 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
 
 def load_weights(model, path):
-    """Load a state dict (plain, or under "state_dict" or "model") into the model, all but a last
-    layer of another shape. Raises InputError for a file that does not fit."""
+    """Load a state dict (plain, under "state_dict" or "model", or a model.pt's) into the model,
+    all but a last layer of another shape. Raises InputError for a file that does not fit."""
     with reading(f"--weights {path}", "give what torch.save wrote of this network"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
             state = state.get(key, state)
+        networks = state.get("networks", [state])  # a model.pt has some
+        if len(networks) > 1:
+            raise InputError(f"--weights {path}: holds {len(networks)} networks; give DO's "
+                             "stage1.pt")
+        state = networks[0]
         state = {key.removeprefix("module."): value for key, value in state.items()}
         own = model.state_dict()
         fits = {k: state[k] for k in own if k in state and state[k].shape == own[k].shape}
@@ -511,7 +515,8 @@ def answer(probs, names, multi_label):
 
 def main(argv=None):
     """Label photographs with a model.pt."""
-    parser = argument_parser("label photographs with what a run left")
+    parser = argument_parser("label photographs with what a run left: the two likeliest classes of "
+                             "each; where images have several labels, those above 0.5")
     parser.add_argument("model", help="model.pt of a run")
     parser.add_argument("photos", nargs="+", help="photographs, or folders of them")
     parser.add_argument("--csv", metavar="FILE", help="write the rows into a file as well")
@@ -531,17 +536,15 @@ def main(argv=None):
     head = ["file", "class", "probability", "second class", "its probability"]
     head = head[:3] if classifier.multi_label else head
     rows = []
-    for path, probs in label_photographs(classifier, paths):
-        rows.append([path, *answer(probs, classifier.class_names, classifier.multi_label)])
-        try:
-            print("  ".join(rows[-1]), flush=True)
-        except BrokenPipeError:  # | head
-            if not args.csv:
-                raise
-            sys.stdout = open(os.devnull, "w")
-
     if args.csv:
-        write_csv(args.csv, head, rows)
+        write_csv(args.csv, head, rows)  # before the work, for it may be impossible
+    try:
+        for path, probs in label_photographs(classifier, paths):
+            rows.append([path, *answer(probs, classifier.class_names, classifier.multi_label)])
+            print("  ".join(rows[-1]), flush=True)
+    finally:  # after Ctrl-C or | head as well
+        if args.csv:
+            write_csv(args.csv, head, rows)
     sys.exit(0 if complete and len(rows) == len(paths) else 1)
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ full paper; the equations follow secondary descriptions.
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from datetime import timedelta
@@ -812,6 +813,7 @@ def finish(run, method, chosen, saved, loader):
         "acc": {group: chosen[group] for group in (*GROUPS, "all")},
         "per_class": chosen["per_class"],
         "ece": chosen["ece"],
+        "class_names": run.data["class_names"],
         "counts": run.data["counts"],
         "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
         "device": device,
@@ -825,8 +827,8 @@ def finish(run, method, chosen, saved, loader):
     result |= report
     write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
     write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    print(f"\nresult: {folder}/result.json; label photographs with: python models.py "
-          f"{folder}/model.pt PHOTOS")
+    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
+    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
     return result
 
 def commit():

@@ -568,6 +568,10 @@ def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
             torch.cat(views).log_softmax(2), weights, torch.tensor(COUNTS).float()
         )
         assert (product.log_softmax(1) - logp).abs().max() < 1e-4
+    else:
+        again = models.build_model("resnet20", 6, run.out / "model.pt").eval()  # --weights
+        x = data_lt.normalize(images, classifier.mean, classifier.std)
+        assert torch.equal(again(x).log_softmax(1), classifier(images))
 
 @pytest.mark.parametrize("name", ["do", "more"])
 def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path, capsys):
@@ -606,6 +610,9 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
         models.main([str(out / "model.pt"), str(tmp_path / "new")])
     assert "new: 1 files skipped (1 .heic)" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="new cannot be written"):
+        models.main([str(out / "model.pt"), files[0], "--csv", str(tmp_path / "new")])
+    assert not capsys.readouterr().out, "said before anything is labelled"
     with pytest.raises(SystemExit) as ended:
         models.main([str(out / "model.pt"), str(tmp_path / "empty"), files[0]])
     found = capsys.readouterr()
@@ -1880,7 +1887,7 @@ def test_ctrl_c_is_one_line(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert said == "interrupted; a run goes on from its last checkpoint with --resume\n"
+    assert said == "interrupted; a training goes on from its last checkpoint with --resume\n"
 
 def test_the_product_is_fitted_only_on_enough_validation_images(tiny, tmp_path, capsys):
     arrays = dict(np.load(tiny))
@@ -1890,7 +1897,9 @@ def test_the_product_is_fitted_only_on_enough_validation_images(tiny, tmp_path, 
     result = short_do(tmp_path / "x.npz", tmp_path / "run", "")
     assert result["fitted"] is False
     assert result["test"]["product"] == pytest.approx([1 / 3] * 3 + [0, 0])
-    assert "not fitted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not fitted" in said
+    assert said.index("will be mixed with equal weights") < said.index("stage 1, many")
     stages = [SimpleNamespace(classes=np.array(c)) for c in ([0, 1], [2, 3])]
     enough = do_lt.enough_to_fit
     assert enough(np.repeat([0, 2], 5), stages, 4), "5 images in half of the classes"
@@ -1927,6 +1936,9 @@ def test_packing_without_room_is_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(data_lt.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="--pack .*: needs 0.0 GiB, of which 0.0 are free"):
         data_lt.pack(data, tmp_path / "packed", 32, 0)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    with pytest.raises(InputError, match="--pack .*photos: holds folders of its own"):
+        data_lt.pack(data, tmp_path / "photos", 32, 0)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "train_images.npy").write_bytes(b"")
     (tmp_path / "old" / "about.json").write_text("")
@@ -2083,6 +2095,7 @@ BOTH_SCRIPTS = [
     ("{tiny} --arch vit_b_16", "--arch vit_b_16 cannot take images of 8 pixels"),
     ("{tiny} --weights {bad}/junk/last.pt", "junk/last.pt: cannot be read"),
     ("{tiny} --weights {do}/stage1.pt --arch resnet32", "weights of the same --arch"),
+    ("{tiny} --weights {do}/model.pt", "model.pt: holds 3 networks; give DO's stage1.pt"),
     ("{tiny} --lr nan", "--lr: nan: must be above 0"),
     ("{tiny} --batch-size 64,32", "--batch-size: invalid int value: '64,32'"),
     ("{tiny} --device cuda:63", "--device cuda:63 is not available"),
@@ -2167,10 +2180,13 @@ def test_names_in_another_encoding_and_a_reader_that_leaves(more_run, tmp_path):
     assert done.returncode == 0
     assert b"caf\\udce9.png  " in done.stdout
     assert b"caf\xe9.png," in table.read_bytes()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    table.unlink()
+    process = subprocess.Popen([*command, "--csv", table], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
+    assert b"caf\xe9.png," in table.read_bytes()
 
 @pytest.mark.parametrize("script, loss, flags", [
     (do_lt, "compensation_loss", do_flags), (more_lt, "more_loss", more_flags),

@@ -229,6 +229,7 @@ def any_runs(paths, shifts):
     """Lines of a plain table of result.json files, with the minutes that a run took."""
     found = {}
     for path in map(Path, paths):
+        path = path / "result.json" if path.is_dir() else path
         name = path.parent.name if path.name == "result.json" else path.stem
         name = re.sub(r"_seed\d+", "", name)
         result = json.loads(path.read_text())
@@ -249,11 +250,19 @@ def any_runs(paths, shifts):
 def main():
     """README's tables, or a table of the given runs."""
     parser = argparse.ArgumentParser(description="tables of runs")
-    parser.add_argument("results", nargs="*", help="result.json files (none: README's tables)")
+    parser.add_argument("results", nargs="*", help="result.json files, or folders of runs (none: "
+                        "README's tables and figure are written anew)")
     parser.add_argument("--shift", default="", help="as forward:50,uniform,backward:50")
     args = parser.parse_args()
+    shifts = args.shift.split(",") if args.shift else []
+    for shift in shifts:
+        if not re.fullmatch(r"uniform|(forward|backward):[0-9.]+", shift):
+            parser.error(f"--shift {shift}: take forward:50, uniform or backward:50")
     if args.results:
-        print("\n".join(any_runs(args.results, args.shift.split(",") if args.shift else [])))
+        try:
+            print("\n".join(any_runs(args.results, shifts)))
+        except OSError as error:
+            parser.error(f"{error.filename}: {error.strerror}; give result.json of finished runs")
         return
     readme = ROOT / "README.md"
     readme.write_text(rebuilt(readme.read_text()))
