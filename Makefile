@@ -5,7 +5,7 @@
 #   make reproduce-folder DATA=FOLDER   the same on your own photographs
 #   make table                     README's tables again, from .ci/results
 # DATA: the data root; LISTS: where published list files are; SEEDS; GPUS: processes, one a GPU; FLAGS: for every run.
-# MORE in fp32 at batch 256 takes some 40 GB (ImageNet-LT) or 80 GB (Places-LT) of memory, all GPUs together.
+# MORE in fp32 at batch 256 takes some 40 GB (ImageNet-LT) or 80 GB (Places-LT) of memory (by count), all GPUs together.
 PYTHON ?= python3
 DATA ?= data
 LISTS ?= $(DATA)

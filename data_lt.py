@@ -1206,7 +1206,8 @@ def read_about(folder):
     """What `pack` wrote about a folder. Raises InputError."""
     with reading(folder / "about.json", "write the folder again with --pack"):
         about = json.loads((folder / "about.json").read_text())
-        return {key: about[key] for key in ("name", "photographs", "class_names", "resize")}
+        optional = {"resize"} & about.keys()  # which earlier packs lack
+        return {key: about[key] for key in ("name", "photographs", "class_names", *optional)}
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
@@ -1351,6 +1352,7 @@ def check_photographs(data):
     if RANK or not on_disk(data.train.images):
         return
     paths = [path for part in PARTS for path in getattr(data, part).images]
+
     def broken(path):
         """What is wrong with a file, or None."""
         try:

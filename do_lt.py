@@ -491,7 +491,7 @@ def prune(network, before, ratio, t, stage, picks, loader, args):
     dt = args.tpd_steps
     iters = args.tpd_iters
     key = [args.seed, t, 2, round(100 * ratio)]
-    torch.manual_seed(seed_from(*key))
+    torch.manual_seed(seed_from(*key))  # of dropout: a resumed run gets here with other draws
     rates = learning_rates(args.tpd_lr, 0, 1, dt * iters)
     optimizer = make_optimizer(model, args.tpd_lr, args)
     layers = owned_layers(model)

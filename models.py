@@ -524,15 +524,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     classifier = load_classifier(args.model).to(find_device(args.device))
     paths = []
-    complete = True
+    empty = []
     for path in args.photos:
         skipped = Counter()
         found = image_files(path, skipped) if Path(path).is_dir() else [path]
         say_skipped(path, skipped, sys.stderr)
-        if not found:
-            print(f"error: {path}: no image in it", file=sys.stderr)
         paths += found
-        complete = complete and bool(found)
+        if not found:
+            empty.append(path)
+    if not paths:
+        raise InputError(f"{', '.join(empty)}: no image in it; give photographs or folders that "
+                         "hold some")
+    for path in empty:
+        print(f"error: {path}: no image in it", file=sys.stderr)
     head = ["file", "class", "probability", "second class", "its probability"]
     head = head[:3] if classifier.multi_label else head
     rows = []
@@ -545,7 +549,7 @@ def main(argv=None):
     finally:  # after Ctrl-C or | head as well
         if args.csv:
             write_csv(args.csv, head, rows)
-    sys.exit(0 if complete and len(rows) == len(paths) else 1)
+    sys.exit(1 if empty or len(rows) < len(paths) else 0)
 
 if __name__ == "__main__":
     run_script(main)

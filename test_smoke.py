@@ -619,6 +619,8 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
     assert ended.value.code == 1
     assert "empty: no image in it" in found.err
     assert found.out.startswith(files[0])
+    with pytest.raises(InputError, match="empty: no image in it; give photographs"):
+        models.main([str(out / "model.pt"), str(tmp_path / "empty")])
 
 def test_several_labels_are_each_named_above_one_half():
     names = ["sea", "sunset", "trees"]
@@ -1527,6 +1529,10 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path, monke
     assert one.resize == 40, "new photographs are brought to what the packed ones were"
     data_lt.pack(one, tmp_path / "again", 0, 0)
     assert load_dataset(str(tmp_path / "again")).resize == 40
+    about = json.loads((packed / "about.json").read_text())
+    about.pop("resize")  # as packs of an earlier version
+    (packed / "about.json").write_text(json.dumps(about))
+    assert load_dataset(str(packed)).resize == 40
     smooth = tmp_path / "smooth"
     gradient = np.linspace(0, 255, 240 * 240).astype(np.uint8).reshape(240, 240)
     photograph(smooth / "train" / "a" / "0.png", gradient)
