@@ -783,7 +783,7 @@ class Loader:
                 rng = np.random.default_rng([seed, 3, view, rows[0]])
                 seen.append(crop_flip(images, rng, images.shape[-1] // 8))
             seen = torch.cat(seen)
-            at_once = max(1, 6 * 2**20 // seen[0, 0].numel())  # 125 photographs of 224 pixels
+            at_once = max(1, min(256, 2**22 // seen[0, 0].numel()))  # fits caches, and memory
             found = [network(normalize(x, self.mean, self.std)) for x in seen.split(at_once)]
             found = torch.cat(found).view(1 + views, len(rows), -1)
             logits[:, rows[0] : rows[-1] + 1] = found
