@@ -58,7 +58,8 @@ FLAGS_three50 = --order many,medium,few --gamma 0.5,0.6
 # Looks at the data first, leaves out what is finished and goes on where it was interrupted.
 define reproduce
 	$(V) data_lt.py $(2) --data-root $(DATA) --lists $(LISTS)
-	set -e; run() { out=$$1; shift; test -f runs/$$out/result.json || \
+	set -e; run() { out=$$1; shift; \
+	  if test -f runs/$$out/result.json; then echo "runs/$$out is finished: delete it to train it again"; return; fi; \
 	  $(RUN) $$@ --out runs/$$out $(2) --data-root $(DATA) --lists $(LISTS) --seed $$seed --resume $(FLAGS); }; \
 	for seed in $(SEEDS); do \
 	  $(foreach d,$(4),run $(d)_$(1)_seed$$seed do_lt.py $(FLAGS_$(d));) \
@@ -75,8 +76,9 @@ reproduce-cifar: .venv/ready  ## CIFAR-100-LT at ratio 100 and 50
 	$(call reproduce,cifar100_imb100,--dataset cifar100 --imb 100,ce bsce,do three paper)
 	$(call reproduce,cifar100_imb50,--dataset cifar100 --imb 50,ce bsce,do three50 paper)
 
-PHOTOS = $(notdir $(patsubst %/,%,$(DATA)))
+PHOTOS = $(subst /,_,$(patsubst %/,%,$(DATA)))
 reproduce-folder: .venv/ready  ## DATA: photographs in train/CLASS, val/CLASS, test/CLASS; PACK: their side once decoded
+	@echo "photographs are decoded once, into runs/packed_$(PHOTOS): delete it when they have changed"
 	test -f runs/packed_$(PHOTOS)/about.json || $(V) data_lt.py --dataset $(DATA) --pack runs/packed_$(PHOTOS) --size $(PACK)
 	$(call reproduce,folder_$(PHOTOS),--dataset runs/packed_$(PHOTOS),bsce,do,ce)
 

@@ -489,16 +489,21 @@ def deep_grey(image):
     """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
 
     Its full scale is 65,535 for 16 bits; else the first of 1 (floats), 255, 65,535 and 2^32 - 1
-    that holds its brightest pixel.
+    that holds its brightest pixel. A value that is no number becomes black, the one that a PNG
+    declares transparent gets no opacity.
     """
-    values = np.asarray(image, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     scales = [255, 65535, 2**32 - 1]
     if image.mode == "F":
         scales = [1, *scales]
     if image.mode.startswith("I;16"):
         scales = [65535]
     full = next((scale for scale in scales if values.max() <= scale), scales[-1])
-    return Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))
+    grey = Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.uint8(255 * opaque)))
+    return grey
 
 def centre_view(size, resize):
     """The transform of photographs for testing: PIL image -> uint8 tensor 3 x H x W. The shorter
@@ -1416,7 +1421,7 @@ def find_list(lists, choices, published):
     there = [lists / name for name in choices if (lists / name).is_file()]
     if not there:
         raise InputError(
-            f"--lists {lists}: needs {' or '.join(choices)}; put the published list " "there"
+            f"--lists {lists}: needs {' or '.join(choices)}; put the published list there"
         )
     paths, classes = read_list(there[0])
     if len(paths) != published:

@@ -386,7 +386,7 @@ def cpo(network, t, stage, loader, run):
     for epoch in range(resumed.get("epoch", 0), stage.epochs):
         began = clock(loader.device)
         key = [args.seed, t, 1, epoch]
-        torch.manual_seed(seed_from(*key))
+        torch.manual_seed(seed_from(*key) + RANK)  # of dropout
         rates = learning_rates(stage.lr, epoch, stage.epochs, loader.steps, schedule, warmup)
         picks = loader.draw(stage.probs, args.seed * 1000 + t, epoch)
         batches = loader.batches(picks, key, args.mixup)
@@ -491,7 +491,7 @@ def prune(network, before, ratio, t, stage, picks, loader, args):
     dt = args.tpd_steps
     iters = args.tpd_iters
     key = [args.seed, t, 2, round(100 * ratio)]
-    torch.manual_seed(seed_from(*key))  # of dropout: a resumed run gets here with other draws
+    torch.manual_seed(seed_from(*key) + RANK)  # of dropout: a resumed run comes with other draws
     rates = learning_rates(args.tpd_lr, 0, 1, dt * iters)
     optimizer = make_optimizer(model, args.tpd_lr, args)
     layers = owned_layers(model)

@@ -165,7 +165,7 @@ def settle(args, data):
     if args.loss not in fitting:
         labels = "several labels" if data.multi_label else "one label"
         raise InputError(
-            f"--loss {args.loss}: {data.name} has {labels} per image; take " f"{', '.join(fitting)}"
+            f"--loss {args.loss}: {data.name} has {labels} per image; take {', '.join(fitting)}"
         )
     args.sampling = args.sampling or ("class-aware" if args.loss == "db" else "natural")
     if args.sampling == "class-aware" and args.loss in ("bsce", "ldam"):
@@ -444,7 +444,7 @@ def fit(network, loader, run):
     for epoch in range(run.resumed.get("epoch", 0), epochs):
         began = clock(loader.device)
         key = [args.seed, 1, 1, epoch]
-        torch.manual_seed(seed_from(*key))
+        torch.manual_seed(seed_from(*key) + RANK)  # of dropout
         rates = learning_rates(args.lr, epoch, epochs, steps, "cosine", args.warmup)
         weights, deferred = loss_plan(epoch, epochs, steps, peak, args.schedule)
         picks = loader.draw(probs, args.seed, epoch)
@@ -619,6 +619,8 @@ def main(argv=None):
         saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
         classifier = Classifier(saved).to(device)
         logits = loader.predict(classifier.experts, "test")[0]
+        if data.multi_label:
+            logits = logits - (-logits.expm1()).log()  # log-probabilities to log-odds
         report["clean"] = scored(logits, data.test, data)
         show_report(report, run)
         if not data.multi_label:

@@ -137,19 +137,28 @@ def dying(monkeypatch, module, name, after, first=lambda *args: None):
 
 @pytest.fixture(scope="session")
 def do_run(tiny, tmp_path_factory):
-    """One whole DO run: its folder, its result, and the weights and owners as stages end."""
+    """One whole DO run: its folder, its result, the weights and owners as stages end, and the
+    margin and the images drawn by class of each call of train."""
     out = tmp_path_factory.mktemp("do")
-    real = do_lt.Run.save
+    save = do_lt.Run.save
+    train = do_lt.train
     ends = {}
+    trained = []
 
-    def spy(self, model, optimizer=None, **where):
+    def spy_on_save(self, model, optimizer=None, **where):
         if where["epoch"] == 0:
             ends[where["stage"] - 1] = {k: v.clone() for k, v in model.state_dict().items()}
-        return real(self, model, optimizer, **where)
+        return save(self, model, optimizer, **where)
+
+    def spy_on_train(network, optimizer, batches, rates, log_alpha, weight_decay):
+        sums = train(network, optimizer, batches, rates, log_alpha, weight_decay)
+        trained.append((log_alpha, sums[0]))
+        return sums
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(do_lt.Run, "save", spy)
+        patch.setattr(do_lt.Run, "save", spy_on_save)
+        patch.setattr(do_lt, "train", spy_on_train)
         result = do_lt.main(do_flags(tiny, out))
-    return SimpleNamespace(out=out, result=result, ends=ends)
+    return SimpleNamespace(out=out, result=result, ends=ends, trained=trained)
 
 @pytest.fixture(scope="session")
 def more_run(tiny, tmp_path_factory):
@@ -204,6 +213,8 @@ def test_multi_label_split_has_a_long_tail_and_keeps_validation_images_apart():
     labels = np.eye(6, dtype=np.uint8)[rng.integers(0, 6, 1200)]
     labels |= rng.random((1200, 6)) < 0.05
     kept, left = data_lt.longtail_multilabel(labels, longtail_counts(6, 200, 20))
+    other, _ = data_lt.longtail_multilabel(labels, longtail_counts(6, 200, 20), split_seed=1)
+    assert set(kept) != set(other)
     counts = np.sort(labels[kept].sum(0))
     assert not set(kept) & set(left)
     assert counts[0] == 10
@@ -344,6 +355,18 @@ def test_crop_flip_gives_windows_of_the_padded_image(pixels):
     padded = F.pad(pixels[0], (4, 4, 4, 4))
     windows = [padded[:, t : t + 32, l : l + 32] for t in range(9) for l in range(9)]
     assert any(torch.equal(crop, w) or torch.equal(crop, w.flip(2)) for w in windows)
+    ramp = torch.arange(1, 33, dtype=torch.uint8).view(1, 1, 32, 1).expand(64, 3, 32, 32)
+    crops = data_lt.crop_flip(ramp, np.random.default_rng(1), 4)
+    assert len(crops[:, 0, 16, 16].unique()) == 9, "each image is shifted by itself"
+
+def test_strong_augmentation_is_crop_and_flip_and_rand_augment(pixels):
+    rng = np.random.default_rng(4)
+    cropped = data_lt.crop_flip(pixels, rng, 4)
+    basic, strong = (data_lt.augment(pixels, np.random.default_rng(4), kind)
+                     for kind in ("basic", "strong"))
+    assert torch.equal(basic, cropped)
+    assert torch.equal(strong, data_lt.rand_augment(cropped, rng, 8))
+    assert not torch.equal(strong, basic)
 
 def test_rand_augment_draws_anew_for_every_group(pixels, monkeypatch):
     groups = []
@@ -556,7 +579,8 @@ def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
     images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2)
     logp = classifier(images)
     assert torch.allclose(logp.exp().sum(1), torch.ones(len(images)), atol=1e-5)
-    assert (copy.deepcopy(classifier).double()(images) - logp).abs().max() < 1e-4
+    in_float64 = copy.deepcopy(classifier).double()(images)
+    torch.testing.assert_close(in_float64, logp.double(), rtol=1e-5, atol=1e-4)
     accuracy = data_lt.group_accuracy(logp.argmax(1), data.test.labels, data.counts)
     assert accuracy["all"] == pytest.approx(run.result["clean"]["all"])
     if name == "do":
@@ -567,7 +591,7 @@ def test_model_pt_predicts_what_the_run_reports(name, request, tiny):
         product = do_lt.product_of_experts(
             torch.cat(views).log_softmax(2), weights, torch.tensor(COUNTS).float()
         )
-        assert (product.log_softmax(1) - logp).abs().max() < 1e-4
+        torch.testing.assert_close(product.log_softmax(1), logp, rtol=1e-5, atol=1e-4)
     else:
         again = models.build_model("resnet20", 6, run.out / "model.pt").eval()  # --weights
         x = data_lt.normalize(images, classifier.mean, classifier.std)
@@ -784,6 +808,7 @@ def test_learning_rates_rise_and_fall():
     assert max(rates) < 0.1
     assert rates[20] == pytest.approx(0.05)
     assert rates[-1] < 1e-3
+    assert do_lt.learning_rates(0.1, 4, 10, 4, "constant") == [0.1] * 4
 
 def test_gradual_ratio_and_the_choice_of_gamma():
     assert do_lt.gradual_ratio(0, 10, 0.2, 0.5) == pytest.approx(0.2)
@@ -844,6 +869,49 @@ def test_product_takes_off_priors_and_calibrates():
     by_hand = w[0] * logp[0] + w[1] * logp[1] + w[2] * counts.log() + w[3] * medium
     assert torch.allclose(fitted, by_hand, atol=1e-5)
 
+def test_the_mixtures_and_what_they_are_beside_image_by_image():
+    """aggregate, the oracle and the baselines on random predictions, in plain loops."""
+    torch.manual_seed(0)
+    T, N = 2, 240
+    data = SimpleNamespace(counts=COUNTS, num_classes=6, groups=class_groups(COUNTS))
+    split = data_lt.Split(np.zeros((N, 1)), np.arange(N) % 6)
+    data.test = data.val = split
+    probs = torch.randn(T, 3, N, 6).mul(1.5).softmax(-1)  # T sub-models x 3 views x N x K
+    probs[:, :, torch.arange(N), torch.arange(N) % 6] += torch.tensor([0.4, 0.1])[:, None, None]
+    probs = probs / probs.sum(-1, keepdim=True)
+    weights = torch.tensor([0.8, 0.5, -0.6, 0.3])
+    stages = [SimpleNamespace(classes=np.array([0, 1])), SimpleNamespace(classes=np.array([4, 5]))]
+    found = do_lt.aggregate(probs, weights, split, stages, data)
+    lam = do_lt.instance_weights(probs[:, 1], probs[:, 2])
+    group = do_lt.group_weights(probs[:, 1], probs[:, 2])
+    expected = {name: torch.zeros(N, 6) for name in ("instance", "group", "mean", "product")}
+    routed = torch.zeros(N, 6)
+    adjusted = torch.zeros(N, 6)
+    for i in range(N):
+        seen = probs[:, :, i].mean(1)  # over the views, T x K
+        logs = probs[:, :, i].log().mean(1)
+        expected["instance"][i] = lam[i, 0] * seen[0] + lam[i, 1] * seen[1]
+        expected["group"][i] = group[0] * seen[0] + group[1] * seen[1]
+        expected["mean"][i] = (seen[0] + seen[1]) / 2
+        for c, n in enumerate(COUNTS):
+            medium = 0.3 if 20 <= n <= 100 else 0
+            power = 0.8 * logs[0, c] + 0.5 * logs[1, c] - 0.6 * math.log(n) + medium
+            expected["product"][i, c] = math.exp(power)
+            adjusted[i, c] = math.exp(logs[0, c]) / n
+        stage = {0: 0, 1: 0, 4: 1, 5: 1}.get(i % 6)  # of medium classes there is none
+        routed[i] = seen.mean(0) if stage is None else seen[stage]
+    for name, by_hand in expected.items():
+        top = data_lt.top_1(by_hand.log(), split, data)
+        assert found["aggregations"][name]["per_class"] == top["per_class"]
+        assert found["aggregations"][name]["ece"] == pytest.approx(top["ece"], abs=1e-3)
+    assert len({entry["ece"] for entry in found["aggregations"].values()}) == 4, "they differ"
+    routed = data_lt.top_1(routed.log(), split, data)
+    assert found["oracle_by_true_group"]["per_class"] == routed["per_class"]
+    bar = do_lt.baselines(probs[:1], probs[:1], data, False, "compensation")
+    adjusted = data_lt.top_1(adjusted.log(), split, data)
+    assert list(bar) == ["ce", "ce_la"]
+    assert bar["ce_la"]["per_class"] == adjusted["per_class"] != bar["ce"]["per_class"]
+
 # ----------------------------------------------------------------------------- do_lt.py, end to end
 
 def test_do_run_leaves_what_it_says(do_run):
@@ -865,6 +933,54 @@ def test_do_run_leaves_what_it_says(do_run):
     names = {path.name for path in do_run.out.iterdir()}
     assert names >= {"last.pt", "model.pt", "stage1.pt", "accuracy_by_group.png", "log.csv"}
     assert not list(do_run.out.glob("*.tmp"))
+
+def test_each_stage_trains_with_its_draws_and_its_margin(do_run):
+    """Eq. 1 to 3 as they arrive in training: per stage two epochs, then (but the last) three
+    short retrainings between the steps of pruning."""
+    calls = iter(do_run.trained)
+    for stage, retrainings in (("many", 3), ("medium", 3), ("few", 0)):
+        alpha = torch.from_numpy(do_lt.compensation_alpha(COUNTS, stage, 0.7))
+        probs = do_lt.stage_class_probs(COUNTS, stage, 0.7)
+        for i in range(2 + retrainings):
+            log_alpha, drawn = next(calls)
+            torch.testing.assert_close(log_alpha.double(), alpha.log(), rtol=0, atol=1e-6)
+            if i < 2:
+                assert drawn.sum() == COUNTS.sum()
+                assert np.abs(drawn.numpy() - COUNTS.sum() * probs).max() <= 1
+    assert not list(calls)
+
+def test_fresh_weights_have_their_part_of_kaimings_scale(do_run):
+    for name in [key for key in do_run.ends[1] if key.endswith("weight_owner")]:
+        weight = do_run.ends[1][name.removesuffix("_owner")]
+        fresh = weight[do_run.ends[1][name] == 0]
+        expected = 0.25 * math.sqrt(2 / weight[0].numel())
+        assert len(fresh) < 400 or fresh.std().item() == pytest.approx(expected, rel=0.15)
+
+def test_a_step_of_do_is_sgd_with_weight_decay_on_what_is_free():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6)]
+    plain = torch.nn.Sequential(*layers)
+    model = models.add_owner_masks(copy.deepcopy(plain))
+    batches = [(torch.randn(10, 4), [(1.0, torch.arange(10) % 6)]) for _ in range(3)]
+    alpha = torch.linspace(-1, 1, 6)
+
+    def masked():
+        """The network of DO's step, trained a little."""
+        network = copy.deepcopy(model)
+        optimizer = do_lt.make_optimizer(network, 0.1, SimpleNamespace(recipe="default"))
+        do_lt.train(network, optimizer, batches, [0.1] * 3, alpha, 0.01)
+        return network
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, 0.9, nesterov=True, weight_decay=0.01)
+    for x, [(_, y)] in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x) - alpha, y).backward()
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(masked().state_dict()[name], value)
+    model[0].weight_owner[:4] = 1
+    trained = masked()
+    assert torch.equal(trained[0].weight[:4], model[0].weight[:4])
+    assert not torch.equal(trained[0].weight[4:], model[0].weight[4:])
 
 def test_frozen_weights_are_bit_identical(do_run):
     final = do_run.ends[3]
@@ -907,6 +1023,7 @@ def test_pruned_weights_stay_at_zero(tiny, tmp_path, monkeypatch):
 
     def spy(network, *args):
         real(network, *args)
+        assert network.model.bn1.num_batches_tracked == 9, "statistics of the pruned network alone"
         for layer in models.owned_layers(network.model).values():
             pruned = layer.weight[layer.weight_owner == models.PRUNED]
             if len(pruned):
@@ -978,6 +1095,8 @@ def test_a_killed_and_resumed_run_is_an_unbroken_one(death, tiny, do_run, tmp_pa
         do_lt.main(flags)
     monkeypatch.undo()
     assert not (tmp_path / "result.json").exists()
+    assert (tmp_path / "last.pt.prev").exists()
+    assert (tmp_path / "last.pt").exists() == (death[1] != "replace"), "killed in between"
     again = do_lt.main(flags)
     assert same_networks(do_run.out, tmp_path), "it ended elsewhere"
     for key in ("acc", "per_class", "submodels", "gammas", "bar", "clean"):
@@ -991,7 +1110,7 @@ def test_a_real_sigkill_and_a_damaged_checkpoint(tiny, do_run, tmp_path, capsys)
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     (tmp_path / "last.pt").write_bytes(b"damaged")
     do_lt.main(do_flags(tiny, tmp_path, "--resume"))
     assert "last.pt is damaged; trying the checkpoint before it" in capsys.readouterr().out
@@ -1009,6 +1128,10 @@ def test_gamma_auto_from_another_runs_stage_1(tiny, do_run, tmp_path):
     first = [list(result["submodels"].values())[0] for result in (auto, do_run.result)]
     assert first[0] == first[1], "stage 1 was trained elsewhere"
     assert len(losses_of(tmp_path)) == 2
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    owners = torch.cat([state[key].flatten() for key in state if key.endswith("weight_owner")])
+    kept = (owners == 1).float().mean().item()
+    assert kept == pytest.approx(1 - auto["gammas"][0], abs=1e-4), "back at the chosen ratio"
 
 def test_four_stages_by_the_papers_recipe(tiny, tmp_path):
     four = short_do(tiny, tmp_path, "--order many,medium-top,medium-low,few --gamma 0.5 "
@@ -1016,7 +1139,6 @@ def test_four_stages_by_the_papers_recipe(tiny, tmp_path):
                     "--reinit 0 --aug basic")
     assert len(four["gammas"]) == 3
     assert len(four["test"]["alone"]) == 4
-    assert four["args"]["schedule"] == "constant"
     assert four["acc"]["all"] == four["aggregations"]["group"]["all"]
 
 def test_two_stages_in_bf16_with_mixup(tiny, tmp_path):
@@ -1154,14 +1276,46 @@ def test_of_mixed_images_both_labels_weigh_the_discrepancy():
             return general + self.shift, general
 
     network = Apart()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     rare = torch.ones(4, dtype=torch.long)
     batches = [(torch.zeros(4, 1), [(0.25, rare), (0.75, rare - 1)])]
     prior = torch.tensor([0.9, 0.1])
-    plan = [(0.0, 1.0, False)]
+    plan = [(0.1, 3.0, False)]
     losses = [F.cross_entropy] * 2
     *_, more_sum = more_lt.train(network, optimizer, batches, plan, losses, prior, "mse")
-    assert more_sum.item() / 4 == pytest.approx(0.25 * 0.1 + 0.75 * 0.9)
+    mean_prior = 0.25 * 0.1 + 0.75 * 0.9
+    assert more_sum.item() / 4 == pytest.approx(mean_prior)
+    moved = 1 - network.shift.item()  # the base loss does not see a shift of all logits
+    assert moved == pytest.approx(0.1 * 3.0 * mean_prior * 2), "rate x weight x gradient"
+
+def test_the_plan_of_a_training_with_more():
+    weights, deferred = more_lt.loss_plan(3, 5, 10, 7.0, "sin")
+    assert weights == pytest.approx([7 * math.sin(math.pi * step / 50) for step in range(30, 40)])
+    assert deferred == [False] * 10
+    weights, deferred = more_lt.loss_plan(4, 5, 10, 7.0, "constant")
+    assert weights == [7.0] * 10
+    assert deferred == [True] * 10, "the last fifth"
+    model = models.add_low_rank(models.build_model("resnet20", 6))
+    args = SimpleNamespace(weight_decay=0.1, low_rank_decay=0.2, optimizer="sgd", lr=1.0,
+                           recipe="paper")
+    names = {p: name for name, p in model.named_parameters()}
+    for group in more_lt.make_optimizer(model, args).param_groups:
+        factors = {names[p].rpartition(".")[2] in "AB" for p in group["params"]}
+        assert factors == {group["weight_decay"] == 0.2}
+        assert group["nesterov"] is False
+
+def test_both_passes_drop_the_same_units():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(30, 40), torch.nn.Dropout(), torch.nn.Linear(40, 4)]
+    model = models.add_low_rank(torch.nn.Sequential(*layers))  # B is zero: the passes are alike
+    x = torch.randn(5, 30)
+    full, general = more_lt.TwoPasses(model, both=True)(x)
+    assert torch.equal(full, general)
+    assert not torch.equal(full, model(x)), "there is dropout"
+    assert general.requires_grad
+    _, general = more_lt.TwoPasses(model, both=True, detach_general=True)(x)
+    assert not general.requires_grad
+    assert more_lt.TwoPasses(model, both=False)(x)[1] is None
 
 def test_the_discrepancy_needs_fp32(tiny, tmp_path, capsys):
     """B A a thousandth of W_g, as trainings end: fp32 has the gradient of float64, bf16 noise."""
@@ -1185,7 +1339,7 @@ def test_the_discrepancy_needs_fp32(tiny, tmp_path, capsys):
         gradients[precision] = torch.cat([g.double().flatten() for g in factors])
     cosine = partial(torch.cosine_similarity, gradients["fp64"], dim=0)
     assert cosine(gradients["fp32"]) > 0.999
-    assert cosine(gradients["bf16"]) < 0.5
+    assert cosine(gradients["bf16"]) < 0.9
     flags = ["--dataset", "synth"]
     assert more_lt.parse_args(flags).precision == "fp32"
     assert more_lt.parse_args([*flags, "--no-more"]).precision == "auto"
@@ -1256,6 +1410,10 @@ def test_more_run_learns_and_merges(more_run):
     assert result["merged_max_abs_diff"] < 1e-5
     assert result["results"]["test, W_g alone"]
     assert min(result["low_rank_share"].values()) > 0
+    with open(more_run.out / "log.csv") as file:
+        weights = [float(row["a(t)"]) for row in csv.DictReader(file)]
+    peak = 2 * 6  # A' times the classes
+    assert weights == pytest.approx([peak * math.sin(math.pi * t / 3) for t in range(3)])
     [merged] = networks_of(more_run.out)
     models.build_model("resnet20", 6).load_state_dict(merged, strict=True)
 
@@ -1285,6 +1443,26 @@ def test_each_value_of_mores_flags_runs(flags, tiny, tmp_path):
     assert (result["merged_max_abs_diff"] is None) == base
     assert (result["low_rank_share"] == {}) == base
 
+def test_logit_adjustment_of_cross_entropy(tiny, tmp_path):
+    result = more_lt.main(more_flags(tiny, tmp_path, *"--loss ce --no-more --epochs 1".split()))
+    data = load_dataset(str(tiny))
+    images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2)
+    logp = models.load_classifier(tmp_path / "model.pt")(images)
+    odds = logp.exp() / torch.from_numpy(COUNTS)
+    adjusted = data_lt.group_accuracy(odds.argmax(1), data.test.labels, COUNTS)
+    assert result["results"]["test, logit-adjusted"]["per_class"] == adjusted["per_class"]
+    assert result["results"]["test"]["per_class"] != adjusted["per_class"]
+
+def test_a_resumed_run_keeps_the_precision_that_it_measured(tiny, tmp_path, monkeypatch):
+    flags = more_flags(tiny, tmp_path, *"--no-more --precision auto --resume".split())
+    monkeypatch.setattr(more_lt, "precision_rates", lambda *args: torch.tensor([1.0, 2.0]))
+    with monkeypatch.context() as patch:
+        dying(patch, more_lt, "learning_rates", 2)
+        with pytest.raises(Killed):
+            more_lt.main(flags)
+    monkeypatch.setattr(more_lt, "precision_rates", lambda *args: torch.tensor([2.0, 1.0]))
+    assert more_lt.main(flags)["precision"] == "bf16"
+
 @pytest.mark.parametrize("flags", ["--loss bce --no-more", "--loss asl", "--loss db",
                                    "--loss focal --discrepancy kl"])
 def test_several_labels_end_to_end(flags, several, tmp_path, capsys):
@@ -1293,7 +1471,15 @@ def test_several_labels_end_to_end(flags, several, tmp_path, capsys):
     result = more_lt.main([*common.split(), *flags.split()])
     assert result["metric"] == "mAP"
     assert 5 < result["acc"]["all"] < 100
-    assert result["results"]["test"]["of1"] >= 0
+    assert result["args"]["sampling"] == ("class-aware" if "db" in flags else "natural")
+    data = load_dataset(str(several))
+    images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2)
+    probs = models.load_classifier(tmp_path / "model.pt")(images).exp()
+    ap = more_lt.average_precision(probs, torch.from_numpy(data.test.labels))
+    assert 100 * ap.mean().item() == pytest.approx(result["clean"]["all"], abs=0.01)
+    right = (probs > 0.5) & torch.from_numpy(data.test.labels).bool()
+    of1 = 200 * right.sum() / ((probs > 0.5).sum() + data.test.labels.sum())
+    assert of1.item() == pytest.approx(result["clean"]["of1"], abs=0.1), "a sigmoid per label"
     photograph(tmp_path / "new.png")
     with pytest.raises(SystemExit, match="0"):
         models.main([str(tmp_path / "model.pt"), str(tmp_path / "new.png")])
@@ -1476,7 +1662,7 @@ def test_published_counts_are_those_of_the_lists():
 
 # ------------------------------------------------------------------------------------ photographs
 
-def test_photographs_are_decoded_upright_in_8_bits_and_on_white(tmp_path):
+def test_deep_greys_and_transparency(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
     Image.fromarray(ramp).save(tmp_path / "grey16.png")
     pixels = np.asarray(data_lt.decode(tmp_path / "grey16.png"))
@@ -1487,15 +1673,16 @@ def test_photographs_are_decoded_upright_in_8_bits_and_on_white(tmp_path):
     pixels = np.asarray(data_lt.decode(tmp_path / "logo.png"))
     assert pixels[0, 0].tolist() == [255] * 3
     assert pixels[32, 32].tolist() == [0] * 3
-    half = np.zeros((40, 80, 3), np.uint8)
-    half[:, :40] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    Image.fromarray(half).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels = np.asarray(data_lt.decode(tmp_path / "turned.jpg"))
-    assert pixels.shape == (80, 40, 3)
-    assert pixels[5].min() > 250
-    assert pixels[-5].max() < 5
+    Image.fromarray(ramp).save(tmp_path / "key.png", transparency=0)
+    pixels = np.asarray(data_lt.decode(tmp_path / "key.png"))
+    assert pixels[0, 0].tolist() == [255] * 3, "the value that is declared transparent"
+    assert pixels[0, 32, 0] == pytest.approx(130, abs=1)
+    floats = np.full((4, 4), 0.5, np.float32)
+    floats[0] = np.nan
+    floats[1] = np.inf
+    Image.fromarray(floats).save(tmp_path / "nan.tif")
+    pixels = np.asarray(data_lt.decode(tmp_path / "nan.tif"))
+    assert pixels[:, 0, 0].tolist() == [0, 0, 128, 128]
 
 @pytest.fixture
 def photos(tmp_path):
@@ -1589,6 +1776,7 @@ def test_large_images_are_predicted_in_small_groups(tmp_path):
 
     logits = loader.predict(Mean(), "test", views=1)
     assert max(sizes) <= 6 and sum(sizes) == 16
+    assert (logits[0] != logits[1]).any(1).all(), "a view is another crop"
     images = torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2)
     means = data_lt.normalize(images, loader.mean, loader.std).mean((2, 3))
     torch.testing.assert_close(logits[0], means)
@@ -1613,8 +1801,16 @@ def test_photographs_train_in_both_scripts_and_new_ones_are_labelled(packed, pho
     for name in ("more", "do"):
         classifier = models.load_classifier(tmp_path / name / "model.pt")
         assert (classifier.size, classifier.resize) == ([32, 32], 37)
+        table = tmp_path / "labels.csv"
         with pytest.raises(SystemExit, match="0"):
-            models.main([str(tmp_path / name / "model.pt"), str(photos / "test")])
+            models.main([str(tmp_path / name / "model.pt"), str(photos / "test"), "--csv",
+                         str(table)])
+        with open(table) as file:
+            rows = list(csv.DictReader(file))
+        right = [Path(row["file"]).parent.name == row["class"] for row in rows]
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        if not packed:  # a pack has brought them to 40 pixels before
+            assert 100 * np.mean(right) == pytest.approx(result["clean"]["all"])
 
 def test_a_training_view_is_torchvisions_and_the_same_in_whatever_thread():
     rng = np.random.default_rng(0)
@@ -1794,17 +1990,19 @@ def test_palette_transparency_becomes_white(tmp_path):
     assert pixels[1, 1].tolist() == [255] * 3
     assert pixels[0, 0].tolist() == [40, 50, 60]
 
-@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)),
-                                                 (8, (-1, 0))])
-def test_exif_orientations_are_applied(orientation, corner, tmp_path):
-    pixels = np.zeros((40, 40, 3), np.uint8)
-    pixels[:10, :10] = 255
+@pytest.mark.parametrize("orientation, upright", [
+    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
+    (5, np.transpose), (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).T),
+    (8, np.rot90),
+])
+def test_exif_orientations_are_applied(orientation, upright, tmp_path):
+    pixels = np.zeros((40, 60), np.uint8)
+    pixels[:10, :20] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
-    found = np.asarray(data_lt.decode(tmp_path / "x.jpg"))
-    assert found[corner].min() > 200
-    assert (found > 128).mean() == pytest.approx(1 / 16, abs=0.02)
+    found = np.asarray(data_lt.decode(tmp_path / "x.jpg"))[..., 0]
+    assert np.array_equal(found > 128, upright(pixels) > 128)
 
 def photo_flags(folder, out, *more):
     """Flags of a MORE run on photographs."""
@@ -1886,12 +2084,14 @@ def test_two_runs_do_not_write_into_one_folder(tiny, tmp_path):
 
 def test_ctrl_c_is_one_line(tiny, tmp_path):
     command = [sys.executable, HERE / "more_lt.py", *more_flags(tiny, tmp_path, "--epochs", "500")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` not
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heeds)
     while not (tmp_path / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "interrupted; a training goes on from its last checkpoint with --resume\n"
 
@@ -1953,30 +2153,87 @@ def test_packing_without_room_is_one_line(tiny, tmp_path, monkeypatch):
 
 # ---------------------------------------------------- several processes, interruptions, devices
 
+def in_two_processes(script, *flags):
+    """What torchrun says of a script in two processes on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, script, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+TWO = """
+import sys
+from types import SimpleNamespace
+import numpy as np, torch
+import torch.distributed as dist
+import do_lt, models
+from data_lt import RANK, WORLD, Loader, load_dataset
+
+dist.init_process_group("gloo")
+model = torch.load(f"{sys.argv[1]}/model.pt", weights_only=False)
+x, y = torch.load(f"{sys.argv[1]}/batch.pt")
+network = do_lt.distribute(models.Network(model))
+optimizer = do_lt.make_optimizer(model, 0.1, SimpleNamespace(recipe="default"))
+batches = [(x[RANK::WORLD], [(1.0, y[RANK::WORLD])])] * 2
+do_lt.train(network, optimizer, batches, [0.1] * 2, torch.zeros(6), 5e-4)
+loader = Loader(load_dataset(sys.argv[2]), torch.device("cpu"), 56, "basic")
+[images] = loader.sources["train"].augmented([np.arange(20)], [0])
+torch.save({"model": model.state_dict(), "images": images}, f"{sys.argv[1]}/{RANK}.pt")
+dist.destroy_process_group()
+"""
+
+def test_a_step_of_two_processes_is_one_on_the_whole_batch(tiny, tmp_path):
+    """But their random crops are not the same."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6)]
+    model = models.add_owner_masks(torch.nn.Sequential(*layers))
+    x = torch.randn(12, 4)
+    y = torch.arange(12) % 6
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((x, y), tmp_path / "batch.pt")
+    (tmp_path / "two.py").write_text(TWO)
+    in_two_processes(tmp_path / "two.py", tmp_path, tiny)
+    optimizer = do_lt.make_optimizer(model, 0.1, SimpleNamespace(recipe="default"))
+    batches = [(x, [(1.0, y)])] * 2
+    do_lt.train(models.Network(model), optimizer, batches, [0.1] * 2, torch.zeros(6), 5e-4)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert equal(first["model"], second["model"])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(first["model"][name], value)
+    assert not torch.equal(first["images"], second["images"])
+
 @pytest.mark.parametrize("method", ["do", "more"])
 def test_two_processes_train(method, tiny, tmp_path):
     """Their draws are one process's, shared out; all end with the same network, whose log counts
     the whole batch."""
+    arrays = dict(np.load(tiny))
+    for key in ("test_images", "test_labels"):
+        arrays[key] = np.concatenate([arrays[key]] * 6)  # so many that both predict some
+    np.savez(tmp_path / "x.npz", **arrays)
     flags = {
-        "do": do_flags(tiny, tmp_path, *"--epochs 1 --tpd-steps 2".split()),
-        "more": more_flags(tiny, tmp_path, *"--amplitude 0.1 --epochs 2".split()),
+        "do": do_flags(tmp_path / "x.npz", tmp_path, *"--epochs 1 --tpd-steps 2".split()),
+        "more": more_flags(tmp_path / "x.npz", tmp_path, *"--amplitude 0.1 --epochs 2".split()),
     }[method]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, HERE / f"{method}_lt.py", *flags],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    done = in_two_processes(HERE / f"{method}_lt.py", *flags)
     result = json.loads((tmp_path / "result.json").read_text())
     losses = losses_of(tmp_path)
     classifier = models.load_classifier(tmp_path / "model.pt")
-    data = load_dataset(str(tiny))
+    data = load_dataset(str(tmp_path / "x.npz"))
     images = torch.from_numpy(data.test.images).permute(0, 3, 1, 2)
-    accuracy = data_lt.group_accuracy(classifier(images).argmax(1), data.test.labels, data.counts)
+    logp = classifier(images)
+    accuracy = data_lt.group_accuracy(logp.argmax(1), data.test.labels, data.counts)
     assert accuracy["all"] == pytest.approx(result["clean"]["all"]), "BatchNorm's statistics differ"
+    if method == "more":  # of which model.pt is the network that all processes have trained
+        labels = torch.from_numpy(data.test.labels)
+        ece = data_lt.expected_calibration_error(logp.exp(), labels)
+        both = result["results"]["test"]
+        assert accuracy["per_class"] == both["per_class"], "process 1 has another network"
+        assert ece == pytest.approx(both["ece"], abs=1e-3)
     assert len(losses) == {"do": 3, "more": 2}[method]
     assert losses[-1] < 3
     assert result["acc"]["all"] > 10
@@ -2157,10 +2414,22 @@ def test_bad_input_is_one_line(script, flags, said, tiny, several, bad, do_run, 
 @pytest.mark.parametrize("main", [data_lt.main, do_lt.main, models.main, more_lt.main])
 def test_help_has_every_flag_and_its_default(main, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    parsers = []
+
+    def spy(description):
+        parsers.append(argument_parser(description))
+        return parsers[-1]
+    argument_parser = data_lt.argument_parser
+    monkeypatch.setattr(sys.modules[main.__module__], "argument_parser", spy)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    assert "(default" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert len(parsers[0]._actions) >= 5
+    for action in parsers[0]._actions:
+        assert action.help and (action.option_strings or [action.dest])[-1] in said
+        if action.default not in (None, False, "==SUPPRESS=="):
+            assert f"(default {action.default})" in said, action.dest
 
 @pytest.mark.parametrize("command, said", [
     (["do_lt.py", "--dataset", "cifar1000"], "error: --dataset cifar1000"),
@@ -2312,6 +2581,22 @@ def test_readme_tables_come_from_the_results(table):
     assert table.rebuilt(readme) == readme, "run `make table`"
     gaps = table.differences([[1], [2], [3]], [[2], [4], [6]])
     assert gaps == ["+2.0 ± 2.5"]  # 1, 2, 3: 4.303 / sqrt(3)
+
+def test_a_table_of_any_runs(table, tmp_path):
+    acc = {"many": 10.0, "medium": None, "few": 1.0, "all": 5.0}
+    for seed in (0, 1):
+        grown = {group: value and value + 2 * seed for group, value in acc.items()}
+        result = {"acc": grown, "seed": seed, "results": {"test": grown | {"per_class": [5.0]}},
+                  "train_seconds": 60, "eval_seconds": 30}
+        (tmp_path / f"run_seed{seed}.json").write_text(json.dumps(result))
+    files = [tmp_path / f"run_seed{seed}.json" for seed in (0, 1)]
+    _, row = table.any_runs(files, [])
+    assert row.split("images")[1].split() == "2 11.0 ± 1.4 - 2.0 ± 1.4 6.0 ± 1.4 1.5 ± 0.0".split()
+    with pytest.raises(ValueError, match="a second run called run of seed 1"):
+        table.any_runs([*files, files[1]], [])
+    files[0].write_text("{}")
+    with pytest.raises(ValueError, match="is no result.json of a run"):
+        table.any_runs(files, [])
 
 def test_accuracy_under_a_shifted_test_set_by_hand(table):
     found = {

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +46,7 @@ def measure(calls, device, rounds=5):
             began = clock(device)
             call()
             times[name].append(clock(device) - began)
-    medians = {name: sorted(seconds[1:])[rounds // 2] for name, seconds in times.items()}
+    medians = {name: median(seconds[1:]) for name, seconds in times.items()}
     return {name: images / medians[name] for name, (_, images) in calls.items()}
 
 
@@ -131,7 +132,7 @@ class Calls:
         cuda = self.device.type == "cuda"
         workers = min(4, os.cpu_count() or 1)
         loader = torch.utils.data.DataLoader(
-            OneByOne(train.images, train.labels), 128, shuffle=True, num_workers=workers,
+            OneByOne(train.images, train.labels), self.args.batch_size, shuffle=True, num_workers=workers,
             persistent_workers=True, pin_memory=cuda)
         model = build_model(self.args.arch, self.classes).to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), RATE, 0.9, weight_decay=5e-4)

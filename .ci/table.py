@@ -225,25 +225,42 @@ def figures_of(result):
     return tests
 
 
+def read_result(path):
+    """What is in a run's result.json. Raises ValueError for another file."""
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        result = {}
+    if "acc" not in result:
+        raise ValueError(f"{path} is no result.json of a run; give others")
+    return result
+
+
 def any_runs(paths, shifts):
-    """Lines of a plain table of result.json files, with the minutes that a run took."""
+    """Lines of a plain table of result.json files, with the minutes that a run took. Raises
+    ValueError for other files and for two runs of one name and seed."""
     found = {}
     for path in map(Path, paths):
         path = path / "result.json" if path.is_dir() else path
         name = path.parent.name if path.name == "result.json" else path.stem
         name = re.sub(r"_seed\d+", "", name)
-        result = json.loads(path.read_text())
+        result = read_result(path)
         parts = ("train_seconds", "tpd_seconds", "eval_seconds")
         minutes = sum(result.get(part, 0) for part in parts) / 60
         for kind, accuracy in figures_of(result).items():
             row = [accuracy[group] for group in GROUPS]
             row += [shifted(accuracy["per_class"], counts_of(result), shift) for shift in shifts]
-            found.setdefault((name, kind), []).append([*row, minutes])
+            seeds = found.setdefault((name, kind), {})
+            if result["seed"] in seeds:
+                raise ValueError(f"{path} is a second run called {name} of seed {result['seed']}; "
+                                 "give one of them, or rename its folder")
+            seeds[result["seed"]] = [*row, minutes]
     heads = "".join(f"{column:>14}" for column in (*GROUPS, *shifts, "minutes"))
     lines = [f"{'':76}{'seeds':>6}{heads}"]
     for (name, kind), rows in sorted(found.items()):
         label = f"{name}: {kind}"
-        lines.append(f"{label:76}{len(rows):6}" + "".join(f"{cell:>14}" for cell in cells(rows)))
+        shown = cells(rows.values())
+        lines.append(f"{label:76}{len(rows):6}" + "".join(f"{cell:>14}" for cell in shown))
     return lines
 
 
@@ -263,6 +280,8 @@ def main():
             print("\n".join(any_runs(args.results, shifts)))
         except OSError as error:
             parser.error(f"{error.filename}: {error.strerror}; give result.json of finished runs")
+        except ValueError as error:
+            parser.error(str(error))
         return
     readme = ROOT / "README.md"
     readme.write_text(rebuilt(readme.read_text()))
