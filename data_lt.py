@@ -11,12 +11,14 @@ counts and leave the global random state alone.
 """
 import argparse
 import csv
+import filecmp
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import zipfile
@@ -33,10 +35,11 @@ import scipy.io
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
+Image.MAX_IMAGE_PIXELS = 2**28  # PIL warns above it, refuses twice as many; phones take 200 million
 GROUPS = ("many", "medium", "few")
 PARTS = ("train", "val", "test")
 VAL_PER_CLASS = 50  # of the left-out training images, at most so many per class serve as validation
@@ -262,8 +265,8 @@ def worst_classes(predicted, labels, num_classes, worst=5):
 
 def show_worst_classes(logits, data):
     """Print worst_classes by name, from a classifier's logits N x K of the test images. Classes
-    that are mere numbers have no names to show."""
-    if all(name.isdigit() for name in data.class_names):
+    of arrays that are mere numbers have no names to show."""
+    if not data.photographs and all(name.isdigit() for name in data.class_names):
         return
     names = data.class_names
     title = "The worst classes, clean test images"
@@ -469,6 +472,17 @@ def on_disk(images):
     """Whether a split's images are paths of photographs rather than pixels."""
     return images.dtype == object
 
+ORIENTATION = 0x0112  # EXIF's tag, and how to turn an image that has it. (ImageOps.exif_transpose
+TURNS = {             # writes the other tags anew and fails where one of them is damaged.)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 def decode(path):
     """The photograph at `path` as an RGB PIL image of 8 bits per channel: upright as its EXIF
     orientation says, deeper greys scaled to 8 bits, transparency on white.
@@ -476,7 +490,9 @@ def decode(path):
     Raises InputError for a file that cannot be read.
     """
     with reading(path, "replace or remove it"), Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode[0] in "IF":  # one channel of 16 or 32 bits
             image = deep_grey(image)
         if image.has_transparency_data:
@@ -505,10 +521,19 @@ def deep_grey(image):
         grey.putalpha(Image.fromarray(np.uint8(255 * opaque)))
     return grey
 
+def middle(image):
+    """Of a PIL image over ten times as long as wide the middle: resizing all of it to a usual
+    width would take gigabytes."""
+    w, h = image.size
+    most = 10 * min(w, h)
+    if max(w, h) <= most:
+        return image
+    return v2.functional.center_crop(image, [min(h, most), min(w, most)])
+
 def centre_view(size, resize):
     """The transform of photographs for testing: PIL image -> uint8 tensor 3 x H x W. The shorter
     side becomes `resize` pixels and the centre is cut out. size: (H, W)."""
-    steps = [v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()]
+    steps = [middle, v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose(steps)
 
 DRAWS = threading.Lock()  # the threads of a process share torch's generator
@@ -727,6 +752,9 @@ class Loader:
             raise InputError(f"{data.source}: {len(data.train)} training images are too few for "
                              f"{WORLD} processes")
         self.steps = len(data.train) // self.batch_size  # whole batches that the images make up
+        if self.steps < 5:
+            print(f"note: {len(data.train)} training images make {self.steps} steps per epoch of "
+                  f"{self.batch_size} images; a smaller --batch-size makes more")
         mean, std = stats or channel_stats(data.train.images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -896,9 +924,11 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     if counts.min() == 0:
         raise InputError(f"{source}: class {class_names[counts.argmin()]} has no training image; "
                          "drop the class (labels count from 0), add images or take a smaller --imb")
-    untested = int((class_counts(splits["test"].labels, len(class_names)) == 0).sum())
+    tests = class_counts(splits["test"].labels, len(class_names))
+    untested = [class_names[c] for c in np.flatnonzero(tests == 0)]
     if untested:
-        print(f"warning: {untested} of {len(class_names)} classes have no test image")
+        print(f"warning: {len(untested)} of {len(class_names)} classes have no test image: "
+              f"{', '.join(untested[:5])}")
     shown = image_size(source, train.images, size, arrays)
     name = str(arrays.get("name", name))
     data = Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
@@ -911,13 +941,16 @@ def read_dataset(name, root, lists, split_seed):
     Arguments: see load_dataset. Raises InputError."""
     path = Path(name)
     if name in READERS:
+        if path.is_dir():
+            print(f"note: --dataset {name} is the one of this name; the folder is ./{name}")
         return {"source": root} | READERS[name](root, lists, split_seed)
     if path.suffix == ".npz":
         return {"source": path} | read_npz(path)
     if (path / "train_images.npy").is_file():
         return {"source": path} | read_packed(path)
     if path.is_dir():
-        return {"source": path} | read_folder(path, split_seed)
+        with reading(path, "make all folders in it readable"):
+            return {"source": path} | read_folder(path, split_seed)
     raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz or "
                      "a folder of photographs")
 
@@ -1071,8 +1104,11 @@ def write_file(path, write, keep_previous=False):
     """
     if RANK:
         return
+    path = os.path.realpath(path)  # behind a link the file itself
     tmp = Path(f"{path}.tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is no regular file")  # a folder, or a device
         tmp.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         if keep_previous and Path(path).exists():
@@ -1251,7 +1287,8 @@ def read_cifar(name, root, lists, split_seed):
         "test_labels": test.targets,
     }
 
-IMAGE_SUFFIXES = datasets.folder.IMG_EXTENSIONS
+IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe")
+HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin of what systems put beside photographs
 FOLDERS = {  # what a part may be called, in small or capital letters
     "train": "train",
     "training": "train",
@@ -1263,16 +1300,29 @@ FOLDERS = {  # what a part may be called, in small or capital letters
 }
 
 def image_files(folder, skipped=None):
-    """Paths of the images below a folder, sorted. Names with a dot in front are ignored; other
-    files are counted by suffix in the Counter `skipped`."""
+    """Paths of the images below a folder, sorted; links are followed. HIDDEN names are ignored,
+    other files are counted by suffix in the Counter `skipped`. Raises InputError for a folder that
+    cannot be read."""
+    def refuse(error):
+        """What os.walk calls with the error of a folder; an absent one holds no images."""
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in files if not name.startswith(".")):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                found.append(os.path.join(parent, name))
-            elif skipped is not None:
-                skipped[Path(name).suffix.lower() or name] += 1
+    known = set(map(str, Path(folder).resolve().parents))  # to these a link would lead in circles
+    with reading(folder, "make all folders in it readable"):
+        for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+            here = os.path.realpath(parent)
+            if here in known:
+                folders.clear()
+                continue
+            known.add(here)
+            folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+            for name in sorted(name for name in files if not name.startswith(HIDDEN)):
+                if name.lower().endswith(IMAGE_SUFFIXES):
+                    found.append(os.path.join(parent, name))
+                elif skipped is not None:
+                    skipped[Path(name).suffix.lower() or name] += 1
     return found
 
 def read_folder(path, split_seed):
@@ -1287,14 +1337,29 @@ def read_folder(path, split_seed):
                 raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the "
                                  f"{part} part; keep one of them")
             places[part] = place
+    used = {place.name for place in places.values()}
     try:
         if places:
             names, files = read_parts(path, places, skipped)
         else:
             names, files = split_flat_folder(path, split_seed, skipped)
+            used = set(names)
     finally:
         say_skipped(path, skipped)
+    say_unused(path, used)
+    for place in places.values():
+        say_unused(place, names)
     return as_arrays(files, names)
+
+def say_unused(folder, used):
+    """Print which folders in a folder are not among those used, and how many images lie right in
+    it, which belong to no class."""
+    left = [f"{name}/" for name in subfolders(folder) if name not in used]
+    loose = sum(p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() for p in folder.iterdir())
+    if loose:
+        left.append(f"{loose} images right in it")
+    if left:
+        print(f"note: {folder}: not used: {', '.join(left)}")
 
 def say_skipped(path, skipped, file=None):
     """Print how many files below `path` were no images, by suffix: a Counter of image_files."""
@@ -1310,6 +1375,7 @@ def read_parts(path, places, skipped):
                          f"{', '.join(place.name for place in places.values())}/CLASS")
     if "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
         places["test"] = places.pop("val")
+        print(f"note: {path}: no test/CLASS/*; {places['test'].name}/ is tested on")
     names = class_folders(places["train"])
     files = {}
     for part, place in places.items():
@@ -1317,6 +1383,8 @@ def read_parts(path, places, skipped):
         if unknown:
             raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
         found = [image_files(place / name, skipped) for name in names]
+        if part == "train":
+            warn_if_nested(place, names, found)
         sizes = [len(paths) for paths in found]
         paths = [file for paths in found for file in paths]
         files[part] = paths, np.repeat(np.arange(len(names)), sizes)
@@ -1325,61 +1393,104 @@ def read_parts(path, places, skipped):
 def split_flat_folder(path, split_seed, skipped):
     """(class names, {part: (paths, labels)}) of a folder CLASS/*, drawn per class by split_seed:
     20 % test images, at least one, 10 % validation and 70 % training images. Classes that would
-    be few-shot keep their validation images for training."""
+    be few-shot keep their validation images for training.
+
+    The order of the draw is that of a hash of each path, so that more photographs change the parts
+    of hardly any old one.
+    """
     names = class_folders(path)
-    rng = np.random.RandomState(split_seed)
     files = {part: ([], []) for part in PARTS}
-    nested = True
-    for c, name in enumerate(names):
-        found = image_files(path / name, skipped)
-        nested = nested and all(os.path.dirname(file) != str(path / name) for file in found)
+    in_classes = [image_files(path / name, skipped) for name in names]
+
+    def drawn(file):
+        """What the draw orders a file by."""
+        key = f"{split_seed} {os.path.relpath(file, path)}"
+        return hashlib.sha256(os.fsencode(key)).digest()
+
+    for c, (name, found) in enumerate(zip(names, in_classes)):
         n = len(found)
         if n < 2:
             raise InputError(f"{path / name}: {n} images; a class needs one to train on and one to "
                              "test on")
         tests = max(1, n // 5)
         vals = n // 10 if n - tests - n // 10 >= 20 else 0
-        pieces = np.split(rng.permutation(found), [tests, tests + vals])
+        order = sorted(found, key=drawn)
+        pieces = order[:tests], order[tests : tests + vals], order[tests + vals :]
         for part, some in zip(("test", "val", "train"), pieces):
-            files[part][0].extend(sorted(some.tolist()))
+            files[part][0].extend(sorted(some))
             files[part][1].extend([c] * len(some))
     print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
           "training, 10 % validation, 20 % test images (at least one; small classes keep the rest)")
-    if nested:
-        print(f"warning: {path}: all images lie in folders within the class folders "
+    warn_if_nested(path, names, in_classes)
+    return names, files
+
+def warn_if_nested(place, names, found):
+    """Print a warning when no image of the classes, found: a list of paths for each of `names`,
+    lies right in the folder of its class."""
+    right = [os.path.dirname(file) == str(place / name)
+             for name, files in zip(names, found) for file in files]
+    if not any(right):
+        print(f"warning: {place}: all images lie in folders within the class folders "
               f"{', '.join(names[:5])}; if those within are the classes, give the folder that "
               "holds them")
-    return names, files
 
 def check_photographs(data):
     """Open the headers of all photographs of a dataset on disk, in process 0, in parallel and with
-    progress. Raises InputError with the number of those that cannot be read, and the first."""
+    progress; warns of those that are there twice. Raises InputError with the number of those that
+    cannot be read, and the first."""
     if RANK or not on_disk(data.train.images):
         return
     paths = [path for part in PARTS for path in getattr(data, part).images]
-
-    def broken(path):
-        """What is wrong with a file, or None."""
-        try:
-            with Image.open(path):
-                return None
-        except Exception as error:  # a garbled file fails in a dozen ways
-            return f"{path} ({type(error).__name__})"
     bad = []
+
+    def mark(path):
+        """A hash of a file's size and end, which hardly two photographs share."""
+        try:
+            with open(path, "rb") as file, Image.open(file):
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1024))
+                return hashlib.sha256(b"%d " % size + file.read()).digest()
+        except Exception as error:  # a garbled file fails in a dozen ways
+            bad.append(f"{path} ({type(error).__name__})")
+    marks = []
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(paths), 1000):
             some = paths[start : start + 1000]
-            bad += [problem for problem in pool.map(broken, some) if problem]
+            marks += pool.map(mark, some)
             if len(paths) >= 2000:
                 show_progress("photographs checked", start + len(some), len(paths))
     if bad:
         listed = ", or give the folder that holds them as --data-root" * (data.name in READERS)
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
                          f"{bad[0]}; replace or remove them{listed}")
+    warn_of_twins(data, marks)
+
+def warn_of_twins(data, marks):
+    """Print how many photographs are in two parts or in two classes. marks: for each path, part
+    by part, what only the same file has too, or hardly another."""
+    parts = [(part, *entry) for part in PARTS
+             for entry in zip(getattr(data, part).images, getattr(data, part).labels)]
+    first = {}
+    leaks = []
+    disputed = []
+    for entry, mark in zip(parts, marks):
+        twin = first.setdefault(mark, entry)
+        if twin is entry or not filecmp.cmp(twin[1], entry[1], shallow=False):
+            continue
+        if twin[0] != entry[0]:
+            leaks.append(f"{entry[1]} is {twin[1]}")
+        elif not np.array_equal(twin[2], entry[2]):
+            disputed.append(f"{entry[1]} is {twin[1]}")
+    for found, where, harm in (
+        (leaks, "parts", "their figures will be too good"),
+        (disputed, "classes", "one of the labels is wrong"),
+    ):
+        if found:
+            print(f"warning: {len(found):,} photographs are in two {where}, so {harm}: {found[0]}")
 
 def subfolders(place):
-    """Names of the folders in a folder, sorted, without those with a dot in front."""
-    return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Names of the folders in a folder, sorted, without HIDDEN ones."""
+    return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN))
 
 def class_folders(place):
     """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
@@ -1825,11 +1936,12 @@ def main():
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
 
 def run_script(main):
-    """Call main() as a script: bad input is one line on stderr and exit code 2, Ctrl-C one line
-    and 130."""
+    """Call main() as a script: bad input is one line on stderr and exit code 2, Ctrl-C or SIGTERM
+    one line and 130."""
     process = f" in process {RANK}" if RANK else ""
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a cluster whose time is over
     try:
         main()
     except InputError as error:

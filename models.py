@@ -25,8 +25,9 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (WORKERS, InputError, argument_parser, centre_view, decode, find_device,
-                     image_files, normalize, reading, run_script, say_skipped, write_csv)
+from data_lt import (IMAGE_SUFFIXES, WORKERS, InputError, argument_parser, centre_view, decode,
+                     find_device, image_files, normalize, reading, run_script, say_skipped,
+                     write_csv)
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
@@ -522,6 +523,9 @@ def main(argv=None):
     parser.add_argument("--csv", metavar="FILE", help="write the rows into a file as well")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args(argv)
+    if args.csv and args.csv.lower().endswith((*IMAGE_SUFFIXES, ".pt")):
+        raise InputError(f"--csv {args.csv}: is called like a photograph or a model and would be "
+                         "overwritten; give a .csv")
     classifier = load_classifier(args.model).to(find_device(args.device))
     paths = []
     empty = []

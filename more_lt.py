@@ -35,9 +35,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, argument_parser, check_photographs, find_device,
-                     fingerprint, group_means, listed, load_from_flags, number, read_checkpoint,
-                     reading, recipe_name, restore_images, run_script, seed_from, show_table,
-                     show_worst_classes, top_1, write_csv, write_file)
+                     fingerprint, group_means, listed, load_from_flags, number, on_disk,
+                     read_checkpoint, reading, recipe_name, restore_images, run_script, seed_from,
+                     show_table, show_worst_classes, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
                     clock, general_only, merge_low_rank, network_stats, plain_state,
                     precision_rates, synchronized)
@@ -651,7 +651,7 @@ def run_name(method, args):
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
     paper = "_paper" * (args.recipe == "paper")
-    return f"runs/{method}_{Path(args.dataset).stem}{imb}_{arch}{paper}_seed{args.seed}"
+    return f"runs/{method}_{Path(args.dataset).resolve().stem}{imb}_{arch}{paper}_seed{args.seed}"
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is
@@ -713,6 +713,10 @@ def stop_unless_finite(loss, model, where, flags="--lr"):
 
 def find_checkpoint(args, data):
     """The checkpoint in --out of the run to resume, else {}; the data get its images."""
+    inside = Path(args.out).resolve().is_relative_to(Path(args.dataset).resolve())
+    if inside and on_disk(data.train.images):
+        raise InputError(f"--out {args.out}: lies among the photographs of --dataset "
+                         f"{args.dataset}, where its figures would become a class; give another")
     last = Path(args.out) / "last.pt"
     if not args.resume:
         if list(last.parent.glob("last.pt*")):

@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -634,6 +635,8 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
         models.main([str(out / "model.pt"), str(tmp_path / "new")])
     assert "new: 1 files skipped (1 .heic)" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="called like a photograph"):
+        models.main([str(out / "model.pt"), "--csv", *files])
     with pytest.raises(InputError, match="new cannot be written"):
         models.main([str(out / "model.pt"), files[0], "--csv", str(tmp_path / "new")])
     assert not capsys.readouterr().out, "said before anything is labelled"
@@ -1757,7 +1760,7 @@ def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, 
     with pytest.raises(InputError, match="none of its test images is left"):
         more_lt.main([*flags, "--resume"])
 
-def test_large_images_are_predicted_in_small_groups(tmp_path):
+def test_large_images_are_predicted_in_small_groups(tmp_path, capsys):
     rng = np.random.default_rng(0)
     arrays = {}
     for part, n in (("train", 3), ("test", 8)):
@@ -1765,6 +1768,7 @@ def test_large_images_are_predicted_in_small_groups(tmp_path):
         arrays[f"{part}_labels"] = np.arange(n) % 3
     np.savez(tmp_path / "x.npz", **arrays)
     loader = Loader(load_dataset(str(tmp_path / "x.npz")), CPU, 3)
+    assert "3 training images make 1 steps per epoch" in capsys.readouterr().out
     sizes = []
 
     class Mean(torch.nn.Module):
@@ -1897,22 +1901,25 @@ def test_a_flat_folder_is_not_split_anew_when_a_photograph_is_gone(tmp_path, cap
     flags = photo_flags(folder, tmp_path / "run")
     more_lt.main(flags)
     before = load_dataset(str(folder), size=16)
-    for split in (before.train, before.val, before.test):
-        Path(split.images[0]).unlink()
+    gone = {"train": 1, "val": 1, "test": 6}
+    for part, number in gone.items():
+        for path in getattr(before, part).images[:number]:
+            Path(path).unlink()
     redrawn = load_dataset(str(folder), size=16)
-    assert set(redrawn.test.images) & set(before.train.images), "a new draw would test on these"
+    seen = {*before.train.images, *before.val.images}
+    assert set(redrawn.test.images) & seen, "a new draw would test on these"
     fill(folder / "cat" / "new", 2)
     capsys.readouterr()
     more_lt.main([*flags, "--resume"])
     said = capsys.readouterr().out
     assert "2 images that were not there when this run began are not used" in said
-    assert "1 training images" in said and "1 validation images" in said and "1 test images" in said
+    assert "1 training images" in said and "1 validation images" in said and "6 test images" in said
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["data"]
     data_lt.restore_images(redrawn, saved, "run")
     for part in ("train", "val", "test"):
         left = getattr(before, part)
-        assert getattr(redrawn, part).images.tolist() == left.images[1:].tolist()
-        assert np.array_equal(getattr(redrawn, part).labels, left.labels[1:])
+        assert getattr(redrawn, part).images.tolist() == left.images[gone[part] :].tolist()
+        assert np.array_equal(getattr(redrawn, part).labels, left.labels[gone[part] :])
 
 def test_parts_have_their_usual_names_and_a_folder_too_deep_is_noticed(tmp_path, capsys):
     for part in ("Training", "Testing"):
@@ -1934,6 +1941,61 @@ def test_parts_have_their_usual_names_and_a_folder_too_deep_is_noticed(tmp_path,
     load_dataset(str(tmp_path / "years"), size=16)
     said = capsys.readouterr().out
     assert "all images lie in folders within the class folders 2024, 2025" in said
+
+def test_what_a_folder_holds_beside_its_classes_is_said(tmp_path, capsys):
+    root = tmp_path / "photos"
+    for part, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        fill(root / part / name, 3)
+    fill(root / "dev" / "a", 1)
+    fill(root / "train", 2)
+    fill(root / "train" / "a" / "@eaDir" / "0.png", 1)  # what a NAS puts beside photographs
+    fill(tmp_path / "elsewhere", 2)
+    (root / "train" / "b" / "more").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "b" / "loop").symlink_to(root / "train" / "b")
+    data = load_dataset(str(root))
+    said = capsys.readouterr().out
+    assert data.counts.tolist() == [3, 5]
+    assert f"{root}: not used: dev/" in said
+    assert f"{root / 'train'}: not used: 2 images right in it" in said
+    shutil.rmtree(root / "test")
+    fill(root / "val" / "a" / "within", 3)
+    load_dataset(str(root))
+    said = capsys.readouterr().out
+    assert "no test/CLASS/*; val/ is tested on" in said
+    assert "1 of 2 classes have no test image: b" in said
+    with pytest.raises(InputError, match="lies among the photographs of --dataset"):
+        more_lt.main(photo_flags(root, root / "runs" / "x"))
+    assert not (root / "runs").exists()
+
+def test_a_photograph_in_two_parts_or_classes_is_noticed(tmp_path, capsys):
+    root = tmp_path / "photos"
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            for i in range(3):  # alike in size and in their end
+                pixels = np.zeros((40, 60, 3), np.uint8)
+                pixels[:5] = rng.integers(0, 256, (5, 60, 3))
+                photograph(root / part / name / f"{i}.bmp", pixels)
+    load_dataset(str(root))
+    assert "warning" not in capsys.readouterr().out
+    shutil.copy(root / "train" / "a" / "0.bmp", root / "test" / "a" / "copy.bmp")
+    shutil.copy(root / "train" / "a" / "1.bmp", root / "train" / "b" / "copy.bmp")
+    load_dataset(str(root))
+    said = capsys.readouterr().out
+    assert "1 photographs are in two parts" in said
+    assert f"{root}/test/a/copy.bmp is {root}/train/a/0.bmp" in said
+    assert "1 photographs are in two classes" in said
+
+def test_more_photographs_leave_the_parts_of_a_flat_folder_nearly_alone(tmp_path):
+    for name in ("a", "b"):
+        fill(tmp_path / "photos" / name, 60)
+    tests = []
+    for size in (60, 67):
+        for name in ("a", "b"):
+            fill(tmp_path / "photos" / name, size)
+        tests.append(set(load_dataset(str(tmp_path / "photos")).test.images))
+    assert len(tests[0]) == 24 and len(tests[1]) == 26
+    assert len(tests[0] & tests[1]) >= 20
 
 def test_odd_files_are_counted_and_named_and_valid_is_val(tmp_path, capsys):
     fill(tmp_path / "train" / "cat", 6)
@@ -2003,6 +2065,19 @@ def test_exif_orientations_are_applied(orientation, upright, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
     found = np.asarray(data_lt.decode(tmp_path / "x.jpg"))[..., 0]
     assert np.array_equal(found > 128, upright(pixels) > 128)
+    tags = b"".join(struct.pack("<HHIi", *tag) for tag in (
+        (0x0112, 3, 1, orientation), (0x0100, 9, 1, -5),  # no width is negative
+    ))
+    damaged = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + tags + bytes(4)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=damaged, quality=95)
+    assert np.array_equal(np.asarray(data_lt.decode(tmp_path / "x.jpg"))[..., 0], found)
+
+def test_of_a_very_long_image_the_middle_is_seen():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 5000, 3), np.uint8)
+    seen = data_lt.centre_view((8, 8), 9)(Image.fromarray(pixels))
+    part = data_lt.centre_view((8, 8), 9)(Image.fromarray(pixels[:, 2490:2510]))
+    assert torch.equal(seen, part)
 
 def photo_flags(folder, out, *more):
     """Flags of a MORE run on photographs."""
@@ -2082,7 +2157,8 @@ def test_two_runs_do_not_write_into_one_folder(tiny, tmp_path):
             more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1"))
     more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1"))
 
-def test_ctrl_c_is_one_line(tiny, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_one_line(number, tiny, tmp_path):
     command = [sys.executable, HERE / "more_lt.py", *more_flags(tiny, tmp_path, "--epochs", "500")]
     heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` not
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -2090,7 +2166,7 @@ def test_ctrl_c_is_one_line(tiny, tmp_path):
     while not (tmp_path / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "interrupted; a training goes on from its last checkpoint with --resume\n"
@@ -2251,6 +2327,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert last.read_bytes() == b"good"
     assert not (tmp_path / "last.pt.tmp").exists()
+    (tmp_path / "link").symlink_to(last)
+    data_lt.write_csv(tmp_path / "link", ["a"], [])
+    assert (tmp_path / "link").is_symlink()
+    assert last.read_text() == "a\n"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="it is no regular file"):
+        data_lt.write_csv(tmp_path / "pipe", ["a"], [])
 
 STEP = SimpleNamespace(weight_decay=5e-4, optimizer="sgd", lr=0.1, low_rank_decay=0.0,
                        recipe="default")
