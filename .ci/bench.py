@@ -132,8 +132,8 @@ class Calls:
         cuda = self.device.type == "cuda"
         workers = min(4, os.cpu_count() or 1)
         loader = torch.utils.data.DataLoader(
-            OneByOne(train.images, train.labels), self.args.batch_size, shuffle=True, num_workers=workers,
-            persistent_workers=True, pin_memory=cuda)
+            OneByOne(train.images, train.labels), self.args.batch_size, shuffle=True,
+            num_workers=workers, persistent_workers=True, pin_memory=cuda)
         model = build_model(self.args.arch, self.classes).to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), RATE, 0.9, weight_decay=5e-4)
 
