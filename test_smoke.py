@@ -1397,8 +1397,20 @@ def test_multi_label_losses_by_hand():
     assert more_lt.distribution_balanced_loss(easy, y, counts, total) < 1e-6
 
 def test_average_precision_and_f1_by_hand():
-    scores = torch.tensor([[0.9, 0.5, 1.0], [0.8, 0.5, 2.0], [0.7, 0.5, 3.0], [0.6, 0.1, 4.0]])
-    targets = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
+    scores = [
+        [0.9, 0.5, 1.0],
+        [0.8, 0.5, 2.0],
+        [0.7, 0.5, 3.0],
+        [0.6, 0.1, 4.0],
+    ]
+    targets = [
+        [1, 1, 0],
+        [0, 0, 0],
+        [1, 1, 0],
+        [0, 0, 0],
+    ]
+    scores = torch.tensor(scores)
+    targets = torch.tensor(targets)
     ap = more_lt.average_precision(scores, targets)
     assert ap[:2].tolist() == pytest.approx([(1 / 1 + 2 / 3) / 2, 2 / 3]), "equal scores are one"
     assert ap[2].isnan()
@@ -1595,8 +1607,10 @@ def test_nuswide_scenes_by_their_published_files(tmp_path, capsys):
     assert [Path(path).name for path in data.test.images] == ["3.jpg"]
 
 @pytest.mark.parametrize("name, message, listed", [
-    ("voc_mlt", "unpack VOC 2012", True), ("coco_mlt", "unpack COCO", True),
-    ("miml", "labels.csv", False), ("nuswide_scene", "Groundtruth", False),
+    ("voc_mlt", "unpack VOC 2012", True),
+    ("coco_mlt", "unpack COCO", True),
+    ("miml", "labels.csv", False),
+    ("nuswide_scene", "Groundtruth", False),
 ])
 def test_an_absent_dataset_is_one_line_that_says_where_it_belongs(name, message, listed, tmp_path):
     for file in ("voc_mlt_train_labels.txt", "coco_mlt_train_labels.txt"):
@@ -2031,8 +2045,14 @@ def test_photographs_are_looked_at_before_training(tmp_path):
         load_dataset(str(tmp_path))
 
 @pytest.mark.parametrize("mode, value, expected", [
-    ("I;16", 65535, 255), ("I;16", 257 * 100, 100), ("I", 200, 200), ("F", 0.5, 128),
-    ("L", 7, 7), ("1", 1, 255), ("CMYK", (0, 0, 0, 0), 255), ("LA", (9, 0), 255),
+    ("I;16", 65535, 255),
+    ("I;16", 257 * 100, 100),
+    ("I", 200, 200),
+    ("F", 0.5, 128),
+    ("L", 7, 7),
+    ("1", 1, 255),
+    ("CMYK", (0, 0, 0, 0), 255),
+    ("LA", (9, 0), 255),
     ("LA", (9, 255), 9),
 ])
 def test_every_kind_of_pixel_becomes_8_bits_on_white(mode, value, expected, tmp_path):
@@ -2053,8 +2073,13 @@ def test_palette_transparency_becomes_white(tmp_path):
     assert pixels[0, 0].tolist() == [40, 50, 60]
 
 @pytest.mark.parametrize("orientation, upright", [
-    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
-    (5, np.transpose), (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).T),
+    (1, lambda a: a),
+    (2, np.fliplr),
+    (3, lambda a: np.rot90(a, 2)),
+    (4, np.flipud),
+    (5, np.transpose),
+    (6, lambda a: np.rot90(a, -1)),
+    (7, lambda a: np.rot90(a, 2).T),
     (8, np.rot90),
 ])
 def test_exif_orientations_are_applied(orientation, upright, tmp_path):
@@ -2627,8 +2652,11 @@ def test_pieces_can_be_lifted_out(module, names, use):
     exec(compile("\n\n".join([HEAD, *pieces, use]), names, "exec"), {})
 
 @pytest.mark.parametrize("number, name", [
-    (1, "stage_class_probs"), (2, "compensation_loss"), (3, "compensation_alpha"),
-    (4, "gradual_ratio"), (5, "instance_weights"),
+    (1, "stage_class_probs"),
+    (2, "compensation_loss"),
+    (3, "compensation_alpha"),
+    (4, "gradual_ratio"),
+    (5, "instance_weights"),
 ])
 def test_equations_carry_their_numbers(number, name):
     assert getattr(do_lt, name).__doc__.startswith(f"Eq. {number}:")
@@ -2674,7 +2702,8 @@ def test_a_table_of_any_runs(table, tmp_path):
         (tmp_path / f"run_seed{seed}.json").write_text(json.dumps(result))
     files = [tmp_path / f"run_seed{seed}.json" for seed in (0, 1)]
     _, row = table.any_runs(files, [])
-    assert row.split("images")[1].split() == "2 11.0 ± 1.4 - 2.0 ± 1.4 6.0 ± 1.4 1.5 ± 0.0".split()
+    cells = row.split("images")[1].split()
+    assert " ".join(cells) == "2 11.0 ± 1.4 - 2.0 ± 1.4 6.0 ± 1.4 1.5 ± 0.0"
     with pytest.raises(ValueError, match="a second run called run of seed 1"):
         table.any_runs([*files, files[1]], [])
     files[0].write_text("{}")
