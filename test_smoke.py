@@ -426,12 +426,15 @@ def test_the_worst_classes_and_what_they_are_taken_for(capsys):
     assert found == [(2, 1, 4, [(0, 2), (1, 1)]), (0, 2, 3, [(2, 1)])]
     logits = F.one_hot(torch.from_numpy(predicted), 4).float()
     data = SimpleNamespace(class_names=["cat", "dog", "owl", "yak"], counts=np.array([9, 5, 3, 2]),
-                           num_classes=4, test=SimpleNamespace(labels=labels))
+                           num_classes=4, test=SimpleNamespace(labels=labels), photographs=False)
     data_lt.show_worst_classes(logits, data)
     assert re.search(r"owl +3 +1 of 4 +cat \(2\), dog \(1\)\n", capsys.readouterr().out)
     data.class_names = ["0", "1", "2", "3"]
     data_lt.show_worst_classes(logits, data)
     assert capsys.readouterr().out == "", "numbers are no names"
+    data.photographs = True
+    data_lt.show_worst_classes(logits, data)
+    assert re.search(r"2 +3 +1 of 4 +0 \(2\), 1 \(1\)\n", capsys.readouterr().out), "of folders"
 
 # -------------------------------------------------------------------------------------- models.py
 
