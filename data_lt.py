@@ -1462,7 +1462,7 @@ def check_photographs(data):
     if bad:
         listed = ", or give the folder that holds them as --data-root" * (data.name in READERS)
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
-                         f"{bad[0]}; replace or remove them{listed}")
+                         f"{min(bad)}; replace or remove them{listed}")
     warn_of_twins(data, marks)
 
 def warn_of_twins(data, marks):
