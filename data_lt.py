@@ -504,14 +504,14 @@ def decode(path):
 def deep_grey(image):
     """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
 
-    Its full scale is 65,535 for 16 bits; else the first of 1 (floats), 255, 65,535 and 2^32 - 1
-    that holds its brightest pixel. A value that is no number becomes black, the one that a PNG
-    declares transparent gets no opacity.
+    Its full scale is 65,535 for 16 bits, 1 for floats up to 2; else the first of 255, 65,535 and
+    2^32 - 1 that holds its brightest pixel. A value that is no number becomes black, the one that
+    a PNG declares transparent gets no opacity.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     scales = [255, 65535, 2**32 - 1]
-    if image.mode == "F":
-        scales = [1, *scales]
+    if image.mode == "F" and values.max() <= 2:  # a little over 1 is what resizing leaves
+        scales = [1]
     if image.mode.startswith("I;16"):
         scales = [65535]
     full = next((scale for scale in scales if values.max() <= scale), scales[-1])

@@ -1700,9 +1700,10 @@ def test_deep_greys_and_transparency(tmp_path):
     floats = np.full((4, 4), 0.5, np.float32)
     floats[0] = np.nan
     floats[1] = np.inf
-    Image.fromarray(floats).save(tmp_path / "nan.tif")
-    pixels = np.asarray(data_lt.decode(tmp_path / "nan.tif"))
-    assert pixels[:, 0, 0].tolist() == [0, 0, 128, 128]
+    floats[3] = 1.02
+    Image.fromarray(floats).save(tmp_path / "floats.tif")
+    pixels = np.asarray(data_lt.decode(tmp_path / "floats.tif"))
+    assert pixels[:, 0, 0].tolist() == [0, 0, 128, 255]
 
 @pytest.fixture
 def photos(tmp_path):

@@ -187,9 +187,10 @@ class Session:
             self.part(f"balanced softmax, seed {seed}", self.more, f"base_bsce_{name}", "--loss",
                       "bsce", "--no-more", "--seed", seed)
             if seed == 0:
-                self.part("bench, ResNet-32", self.bench, "resnet32", "--steps", "64")
+                self.part("bench, ResNet-32", self.bench, "resnet32", "--steps", "32")
                 self.part("bench, ResNet-50", self.bench, "resnet50",
-                          *"--arch resnet50 --size 224 --batch-size 256".split())
+                          *"--arch resnet50 --size 224 --batch-size 256 --steps 4 --rounds 3"
+                          .split())
                 self.part("--compile off and on", self.compiled)
                 self.part("--resume after a kill", self.resumed)
                 self.part("one process through torchrun", self.torchrun)
