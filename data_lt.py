@@ -343,6 +343,24 @@ def to_device(array, device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
+def beside(batches, stream):
+    """The tensors that the iterator `batches` makes, made on a CUDA stream of their own (None: on
+    the current one, as on a CPU).
+
+    torchvision's RandAugment waits for the GPU at each operation (it sends a small matrix from
+    ordinary memory). So it waits for its own work alone, not for the training step before it.
+    """
+    while True:
+        with torch.cuda.stream(stream):
+            tensor = next(batches, None)
+        if tensor is None:
+            return
+        if stream:
+            current = torch.cuda.current_stream(stream.device)
+            current.wait_stream(stream)
+            tensor.record_stream(current)  # its memory is not used again before that was here
+        yield tensor
+
 def crop_flip(images, rng, pad):
     """A random crop of the zero-padded image, and a flip with probability one half.
 
@@ -759,6 +777,7 @@ class Loader:
         self.mean = mean.to(device)
         self.std = std.to(device)
         self.labels = torch.from_numpy(data.train.labels).to(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.sources = {}
         for part in PARTS:
             images = getattr(data, part).images
@@ -784,7 +803,8 @@ class Loader:
         normalised float n x 3 x H x W, y (n,) or n x K. alpha: see mixup. key: ints that fix what
         is random."""
         rng = np.random.default_rng([*key, RANK])
-        for images, rows in zip(self.sources["train"].augmented(picks, key), picks):
+        augmented = self.sources["train"].augmented(picks, key)
+        for images, rows in zip(beside(augmented, self.stream), picks):
             x = normalize(images, self.mean, self.std)
             yield mixup(x, self.labels[to_device(rows, self.device)], alpha, rng)
 
