@@ -344,21 +344,20 @@ def to_device(array, device):
     return tensor.to(device, non_blocking=True)
 
 def beside(batches, stream):
-    """The tensors that the iterator `batches` makes, made on a CUDA stream of their own (None: on
-    the current one, as on a CPU).
+    """The tensors that the iterator `batches` makes, made on a CUDA stream of their own.
 
     torchvision's RandAugment waits for the GPU at each operation (it sends a small matrix from
-    ordinary memory). So it waits for its own work alone, not for the training step before it.
+    ordinary memory). On a stream of its own it waits for its own work alone, not for the training
+    step before it. What `batches` reads must be on the GPU already.
     """
     while True:
         with torch.cuda.stream(stream):
             tensor = next(batches, None)
         if tensor is None:
             return
-        if stream:
-            current = torch.cuda.current_stream(stream.device)
-            current.wait_stream(stream)
-            tensor.record_stream(current)  # its memory is not used again before that was here
+        current = torch.cuda.current_stream(stream.device)
+        current.wait_stream(stream)
+        tensor.record_stream(current)  # its memory is free for others once `current` has read it
         yield tensor
 
 def crop_flip(images, rng, pad):
@@ -804,7 +803,9 @@ class Loader:
         is random."""
         rng = np.random.default_rng([*key, RANK])
         augmented = self.sources["train"].augmented(picks, key)
-        for images, rows in zip(beside(augmented, self.stream), picks):
+        if self.stream:
+            augmented = beside(augmented, self.stream)
+        for images, rows in zip(augmented, picks):
             x = normalize(images, self.mean, self.std)
             yield mixup(x, self.labels[to_device(rows, self.device)], alpha, rng)
 

@@ -2374,7 +2374,8 @@ def meta_loader(dataset, aug="strong"):
     return Loader(load_dataset(str(dataset)), META, 56, aug, stats=stats)
 
 @pytest.mark.parametrize("aug", ["strong", "basic"])
-def test_everything_in_dos_step_stays_on_the_device(aug, tiny):
+def test_everything_in_dos_step_stays_on_the_device(aug, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", None)  # fails on a Mac
     loader = meta_loader(tiny, aug)
     model = models.add_owner_masks(models.build_model("resnet20", 6).to(META))
     network = models.Network(model)
@@ -2668,11 +2669,11 @@ def test_equations_carry_their_numbers(number, name):
 def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path, monkeypatch, capsys):
     """`make gpu`, tiny, the bench too; without CUDA and the switch it is one line and code 2."""
     script = [sys.executable, str(HERE / ".ci" / "gpu.py"), "--out", str(tmp_path)]
-    done = subprocess.run([*script, "--rehearse", "--only", "agreement+beside+ResNet-32+torchrun"],
+    done = subprocess.run([*script, "--rehearse", "--only", "agreement+ResNet-32+torchrun"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(parts) == 4
+    assert len(parts) == 3
     assert all(part["ok"] for part in parts.values()), done.stdout
     assert json.loads((tmp_path / "bench_resnet32.json").read_text())["rates"]["loop"] > 0
     assert "MISSED" in done.stdout
