@@ -1441,7 +1441,7 @@ def split_flat_folder(path, split_seed, skipped):
             files[part][0].extend(sorted(some))
             files[part][1].extend([c] * len(some))
     print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
-          "training, 10 % validation, 20 % test images (at least one; small classes keep the rest)")
+          "training, 10 % validation, 20 % test images (small classes: none for validation)")
     warn_if_nested(path, names, in_classes)
     return names, files
 
