@@ -348,7 +348,7 @@ def beside(batches, stream):
 
     torchvision's RandAugment waits for the GPU at each operation (it sends a small matrix from
     ordinary memory). On a stream of its own it waits for its own work alone, not for the training
-    step before it. What `batches` reads must be on the GPU already.
+    step before it. What `batches` reads on the GPU must be complete.
     """
     while True:
         with torch.cuda.stream(stream):
@@ -1441,7 +1441,8 @@ def split_flat_folder(path, split_seed, skipped):
             files[part][0].extend(sorted(some))
             files[part][1].extend([c] * len(some))
     print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
-          "training, 10 % validation, 20 % test images (small classes: none for validation)")
+          "training, 10 % validation, 20 % test images (of small classes none for validation, at "
+          "least one to test on)")
     warn_if_nested(path, names, in_classes)
     return names, files
 
