@@ -19,13 +19,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
-import zipfile
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -70,13 +72,18 @@ def find_device(name):
             raise RuntimeError("take auto, cpu or cuda")
         return torch.zeros(1, device=device).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available ({str(error).splitlines()[0]}); use "
-                         "--device cpu") from None
+        raise InputError(f"--device {name} is not available ({why(error)}); use --device cpu") from None
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or file, what is wrong and what to do.
 
     The scripts print it and end with exit code 2.
+    """
+
+class NotFinite(ArithmeticError):
+    """A loss, a weight or a prediction became NaN or infinite: one line that says where.
+
+    The scripts print it and end with exit code 3.
     """
 
 # ------------------------------------------------------------------------------ splits and groups
@@ -236,68 +243,46 @@ def listed(values):
     """A list of floats for JSON: None where `values` (K,) is NaN."""
     return [None if math.isnan(v) else float(v) for v in values]
 
-def group_accuracy(predicted, labels, counts):
+def group_accuracy(predicted, labels, counts, many=100):
     """Top-1 accuracy in percent: {"many", "medium", "few", "all"}, means over the classes of a
     group (None for an empty group), and "per_class", a list of K (None for a class without test
-    images). predicted, labels: int tensors or arrays (N,); counts: (K,) training images."""
+    images). predicted, labels: int tensors or arrays (N,); counts: (K,) training images; many:
+    see class_groups."""
     predicted = torch.as_tensor(predicted).cpu().numpy()
     labels = torch.as_tensor(labels).cpu().numpy()
     total = np.bincount(labels, minlength=len(counts))
     correct = np.bincount(labels[predicted == labels], minlength=len(counts))
     per_class = 100 * correct / np.where(total == 0, np.nan, total)
-    return group_means(per_class, class_groups(counts)) | {"per_class": listed(per_class)}
+    return group_means(per_class, class_groups(counts, many)) | {"per_class": listed(per_class)}
 
-def worst_classes(predicted, labels, num_classes, worst=5):
-    """The classes of lowest accuracy and what their images are taken for.
-
-    Returns a list of (class, right, images, [(other class, times), .. at most 3]), the worst
-    first; classes without test images are left out. predicted, labels: int arrays (N,).
-    """
-    images = np.bincount(labels, minlength=num_classes)
-    right = np.bincount(labels[predicted == labels], minlength=num_classes)
-    order = np.argsort(right / np.maximum(images, 1), kind="stable")
-    found = []
-    for c in order[images[order] > 0][:worst]:
-        wrong = predicted[(labels == c) & (predicted != c)]
-        others = Counter(np.sort(wrong).tolist()).most_common(3)
-        found.append((c, right[c], images[c], others))
-    return found
-
-def show_worst_classes(logits, data):
-    """Print worst_classes by name, from a classifier's logits N x K of the test images. Classes
-    of arrays that are mere numbers have no names to show."""
-    if not data.photographs and all(name.isdigit() for name in data.class_names):
-        return
-    names = data.class_names
-    title = "The worst classes, clean test images"
-    print(f"\n{title:46} {'training':>11} {'right':>11}   taken for")
-    predicted = logits.argmax(1).cpu().numpy()
-    for c, right, images, others in worst_classes(predicted, data.test.labels, data.num_classes):
-        training = data.counts[c]
-        share = f"{right} of {images}"
-        taken_for = [f"{names[other]} ({times})" for other, times in others]
-        print(f"{names[c]:46} {training:11} {share:>11}   {', '.join(taken_for)}")
-
-def expected_calibration_error(probs, labels, bins=15):
-    """ECE in percent: mean gap between confidence and accuracy over equal-width bins
-    (Guo et al., ICML 2017). probs: tensor N x K; labels: int tensor (N,)."""
-    confidence, predicted = probs.double().max(1)
-    correct = (predicted == labels).double()
-    bin_of = (confidence * bins).ceil().long()  # bins are open on the left, closed on the right
-    gap = torch.bincount(bin_of.clamp(0, bins), weights=confidence - correct)
-    share = gap.abs().sum() / len(labels)
+def expected_calibration_error(confidence, correct, bins=15):
+    """ECE in percent: mean gap between confidence and accuracy over equal-width bins, open on the
+    left and closed on the right (Guo et al., ICML 2017). confidence: probability of the predicted
+    class, (N,) tensor; correct: whether it is the true one, (N,)."""
+    confidence = confidence.double()
+    bin_of = (confidence * bins).ceil().long()
+    gap = torch.bincount(bin_of.clamp(0, bins), weights=confidence - correct.double())
+    share = gap.abs().sum() / len(correct)
     return float(100 * share)
 
-def top_1(logits, split, data):
-    """Top-1 accuracy by group and per class, and ECE, from logits N x K (or log-probabilities).
-    Nothing but None where the split is empty."""
-    if not len(split):
-        return dict.fromkeys((*GROUPS, "all", "per_class"))
-    labels = torch.from_numpy(split.labels).to(logits.device)
-    accuracy = group_accuracy(logits.argmax(1).cpu(), split.labels, data.counts)
-    return accuracy | {"ece": expected_calibration_error(logits.softmax(1), labels)}
+def answers(logits):
+    """The likeliest class of each image and its probability, float64 n x 2: all that top_1 needs
+    of logits n x K (or log-probabilities)."""
+    confidence = logits.softmax(1).amax(1)
+    return torch.stack([logits.argmax(1).double(), confidence.double()], 1)
 
-def table(title, rows, columns, form=".1f"):
+def top_1(found, split, data):
+    """Top-1 accuracy by group and per class, and ECE, from the `answers` N x 2 of a split's
+    images. Nothing but None where the split is empty."""
+    if not len(split):
+        return dict.fromkeys((*GROUPS, "all", "per_class", "ece"))
+    predicted, confidence = found.cpu().T
+    predicted = predicted.long()
+    correct = predicted == torch.from_numpy(split.labels)
+    accuracy = group_accuracy(predicted, split.labels, data.counts, data.many)
+    return accuracy | {"ece": expected_calibration_error(confidence, correct)}
+
+def table(title, rows, columns=(*GROUPS, "all"), form=".1f"):
     """Lines of an aligned table. rows: {label: {column: number or None}}, "-" for None."""
     def line(label, cells):
         """The label and the cells, aligned."""
@@ -307,31 +292,6 @@ def table(title, rows, columns, form=".1f"):
         found = [values[column] for column in columns]
         lines.append(line(label, ["-" if v is None else format(v, form) for v in found]))
     return "\n".join(lines)
-
-def show_table(folder, name, title, rows, columns=(*GROUPS, "all"), form=".1f"):
-    """Print a `table`, and draw it as FOLDER/NAME.png."""
-    print("\n" + table(title, rows, columns, form))
-    drawn = [column for column in columns if column != "ece"]  # less is better there
-    try:
-        write_file(folder / f"{name}.png", lambda tmp: draw_bars(tmp, title, rows, drawn))
-    except ImportError:
-        print(f"no {name}.png: pip install matplotlib")
-
-def draw_bars(path, title, rows, columns):
-    """The numbers of a `table` as bars, side by side for each column, in a PNG (matplotlib)."""
-    from matplotlib.figure import Figure
-
-    x = np.arange(len(columns))
-    width = 0.8 / len(rows)
-    figure = Figure((3 + 1.1 * len(columns), 3.2), layout="constrained")
-    axes = figure.add_subplot(title=title)
-    axes.set_xticks(x + 0.4 - width / 2, columns)
-    for i, (label, values) in enumerate(rows.items()):
-        heights = np.array([values[c] for c in columns], float)
-        hatch = "/" if i >= 10 else ""  # matplotlib has ten colours
-        axes.bar(x + width * i, heights, width, label=label, hatch=hatch)
-    figure.legend(loc="outside right upper", fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
 
 # ---------------------------------------------------------------- augmentation, a batch at a time
 
@@ -460,28 +420,27 @@ def mixup(x, y, alpha, rng):
 
 def normalize(images, mean, std):
     """uint8 n x 3 x H x W -> float32 in channels_last order. mean, std: (3,) tensors in 0..255
-    units, on the device of the images."""
-    x = images.to(torch.float32, memory_format=torch.channels_last)
+    units, on the device of the images, which stay as they are."""
+    x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
     x.sub_(mean.view(1, 3, 1, 1))
     return x.div_(std.view(1, 3, 1, 1))
 
 def channel_stats(images):
-    """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3.
+    """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3, or grey
+    ones N x H x W.
 
     ImageNet's for photographs: paths on disk, or images larger than 64 pixels.
     """
     if on_disk(images) or images.shape[1] > 64:
         mean = torch.tensor([123.675, 116.28, 103.53])
         return mean, torch.tensor([58.395, 57.12, 57.375])
-    histograms = []
-    for c in range(3):
-        values = images[..., c].ravel()
-        histograms.append(np.bincount(values, minlength=256))
-    share = np.stack(histograms) * 3 / images.size
+    channels = images.reshape(-1, images.shape[3] if images.ndim == 4 else 1).T
+    share = np.stack([np.bincount(values, minlength=256) for values in channels])
+    share = share * len(share) / images.size
     mean = share @ np.arange(256)
     variance = share @ np.arange(256) ** 2 - mean**2
     std = np.sqrt(variance).clip(1.0)
-    return torch.tensor(mean).float(), torch.tensor(std).float()
+    return torch.tensor(mean).float().expand(3), torch.tensor(std).float().expand(3)
 
 # ---------------------------------------------------------------------------- photographs on disk
 
@@ -500,23 +459,47 @@ TURNS = {             # writes the other tags anew and fails where one of them i
     8: Image.Transpose.ROTATE_90,
 }
 
-def decode(path):
+def decode(path, place=None):
     """The photograph at `path` as an RGB PIL image of 8 bits per channel: upright as its EXIF
     orientation says, deeper greys scaled to 8 bits, transparency on white.
 
-    Raises InputError for a file that cannot be read.
+    place: None for all of it, or a function of the upright (width, height) that returns a box in
+    it (left, top, right, bottom) and the (H, W) to which that is brought (bilinear). Of a JPEG the
+    decoder then leaves out what would be lost: it halves the sides up to three times, as long as
+    the box keeps at least H x W pixels. Raises InputError for a file that cannot be read.
     """
     with reading(path, "replace or remove it"), Image.open(path) as image:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-        if turn is not None:
-            image = image.transpose(turn)
-        if image.mode[0] in "IF":  # one channel of 16 or 32 bits
-            image = deep_grey(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        orientation = image.getexif().get(ORIENTATION)
+        turn = TURNS.get(orientation)
+        w, h = image.size[::-1] if turn is not None and orientation >= 5 else image.size
+        if place is None:
+            return upright(image, turn)
+        box, size = place(w, h)
+        left, top, right, bottom = box
+        spare = min((bottom - top) / size[0], (right - left) / size[1])
+        halvings = min(3, int(math.log2(max(1, spare))))
+        image.draft(None, (image.width >> halvings, image.height >> halvings))
+        image = upright(image, turn)
+        if image.size == (w, h):
+            if box != (0, 0, w, h):
+                image = image.crop(box)
+            return v2.functional.resize(image, list(size))
+        shrunk = image.width / w
+        across = image.height / h
+        part = (left * shrunk, top * across, right * shrunk, bottom * across)
+        return image.resize(size[::-1], Image.Resampling.BILINEAR, part)
+
+def upright(image, turn):
+    """The pixels of an open PIL image as `decode` says; turn: a PIL Transpose or None."""
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode[0] in "IF":  # one channel of 16 or 32 bits
+        image = deep_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 def deep_grey(image):
     """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
@@ -538,33 +521,48 @@ def deep_grey(image):
         grey.putalpha(Image.fromarray(np.uint8(255 * opaque)))
     return grey
 
-def middle(image):
-    """Of a PIL image over ten times as long as wide the middle: resizing all of it to a usual
-    width would take gigabytes."""
-    w, h = image.size
-    most = 10 * min(w, h)
-    if max(w, h) <= most:
-        return image
-    return v2.functional.center_crop(image, [min(h, most), min(w, most)])
+def centre_view(path, size, resize):
+    """A photograph for testing: its shorter side becomes `resize` pixels and the centre is cut
+    out. path -> uint8 tensor 3 x H x W; size: (H, W).
 
-def centre_view(size, resize):
-    """The transform of photographs for testing: PIL image -> uint8 tensor 3 x H x W. The shorter
-    side becomes `resize` pixels and the centre is cut out. size: (H, W)."""
-    steps = [middle, v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()]
-    return v2.Compose(steps)
+    Of a photograph over ten times as long as wide only the middle is resized: all of it at a
+    usual width would take gigabytes.
+    """
+    def place(w, h):
+        """The box that is resized, and to how much."""
+        most = 10 * min(w, h)
+        across = min(w, most)
+        down = min(h, most)
+        left = round((w - across) / 2)
+        top = round((h - down) / 2)
+        short = min(across, down)
+        target = (int(resize * down / short), int(resize * across / short))
+        return (left, top, left + across, top + down), target
+
+    view = v2.functional.center_crop(decode(path, place), list(size))
+    return v2.functional.pil_to_tensor(view)
 
 DRAWS = threading.Lock()  # the threads of a process share torch's generator
 
-def random_view(image, seed, size):
+def random_view(path, seed, size):
     """A photograph for training: a random resized crop of it, mirrored with probability one half.
 
-    image: PIL image -> uint8 tensor 3 x H x W. The seed alone fixes the draws. size: (H, W).
+    path -> uint8 tensor 3 x H x W. The seed alone fixes the draws. size: (H, W).
     """
-    with DRAWS, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        box = transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
-        mirrored = torch.rand(1) < 0.5
-    view = v2.functional.resized_crop(image, *box, size)
+    mirrored = False
+
+    def place(w, h):
+        """The box of the crop, drawn as torchvision draws it."""
+        nonlocal mirrored
+        with DRAWS, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            pixels = torch.empty(1, h, w, device="meta")  # its size is what is asked for
+            box = transforms.RandomResizedCrop.get_params(pixels, (0.08, 1), (3 / 4, 4 / 3))
+            mirrored = bool(torch.rand(1) < 0.5)
+        top, left, down, across = box
+        return (left, top, left + across, top + down), size
+
+    view = decode(path, place)
     if mirrored:
         view = v2.functional.horizontal_flip(view)
     return v2.functional.pil_to_tensor(view)
@@ -574,22 +572,21 @@ def seed_from(*key):
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 class _Decoder(torch.utils.data.Dataset):
-    """(position, row) -> the photograph paths[row], transformed; with a key the transform also
-    gets a seed that depends on the key and the position alone, in whatever thread or process."""
+    """(position, row) -> view(paths[row]); with a key the view also gets a seed that depends on
+    the key and the position alone, in whatever thread or process."""
 
-    def __init__(self, paths, transform, key):
+    def __init__(self, paths, view, key):
         self.paths = paths
-        self.transform = transform
+        self.view = view
         self.key = key
 
     def __getitem__(self, item):
         position, row = item
-        image = decode(self.paths[row])
         if self.key is None:
-            return self.transform(image)
-        return self.transform(image, seed_from(*self.key, position))
+            return self.view(self.paths[row])
+        return self.view(self.paths[row], seed_from(*self.key, position))
 
-def decoded(paths, picks, transform, key=None, workers=0, pin=False):
+def decoded(paths, picks, view, key=None, workers=0, pin=False):
     """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `picks`.
 
     `workers` processes decode ahead of time; 0: threads of this process decode each batch when it
@@ -600,7 +597,7 @@ def decoded(paths, picks, transform, key=None, workers=0, pin=False):
     for rows in picks:
         batches.append(list(enumerate(rows, position)))
         position += len(rows)
-    decoder = _Decoder(paths, transform, key)
+    decoder = _Decoder(paths, view, key)
     if not workers:
         with ThreadPoolExecutor(WORKERS) as pool:
             for batch in batches:
@@ -625,8 +622,8 @@ def decoded(paths, picks, transform, key=None, workers=0, pin=False):
 
 @dataclass
 class Split:
-    """images: uint8 array N x H x W x 3, or an object array (N,) of paths. labels: int64 array
-    (N,); with several labels per image 0/1, uint8 N x K."""
+    """images: uint8 array N x H x W x 3, or N x H x W if they are grey, or an object array (N,) of
+    paths. labels: int64 array (N,); with several labels per image 0/1, uint8 N x K."""
     images: np.ndarray
     labels: np.ndarray
 
@@ -664,10 +661,24 @@ class Dataset:
         return self.train.labels.ndim == 2
 
     @property
+    def recipe(self):
+        """The name of the recipe that trains it: its own if it has one."""
+        if self.name in READERS:
+            return self.name
+        if self.photographs or max(self.size) > 64:
+            return "several labels" if self.multi_label else "folder"
+        return "default"
+
+    @property
+    def many(self):
+        """Over how many training images a class is among the many, wherever groups are formed.
+        The published splits of VOC-MLT and COCO-MLT have their class of just 100 among them."""
+        return 99 if self.name in ("voc_mlt", "coco_mlt") else 100
+
+    @property
     def groups(self):
-        """class_groups. The published splits of VOC-MLT and COCO-MLT have their class of just
-        100 images among the many."""
-        return class_groups(self.counts, many=99 if self.name in ("voc_mlt", "coco_mlt") else 100)
+        """class_groups."""
+        return class_groups(self.counts, self.many)
 
 class MemoryImages:
     """Batches of a split's images that are arrays, in memory or memory-mapped.
@@ -690,7 +701,10 @@ class MemoryImages:
         x = self.images[to_device(rows, self.images.device)]
         if self.device.type == "cuda" and not x.is_cuda:
             x = x.pin_memory()
-        return x.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        x = x.to(self.device, non_blocking=True)
+        if x.dim() == 3:  # grey
+            x = x[..., None].expand(-1, -1, -1, 3)
+        return x.permute(0, 3, 1, 2)
 
     def clean(self, picks):
         """uint8 n x 3 x H x W of each index array, whole; of photographs the centre."""
@@ -724,13 +738,13 @@ class DiskImages:
         self.workers = workers
         if workers is None:  # on a CPU processes would take the cores that the training needs
             self.workers = WORKERS if device.type == "cuda" else 0
-        self.centre = centre_view(data.size, data.resize)
+        self.centre = partial(centre_view, size=data.size, resize=data.resize)
         self.random = partial(random_view, size=data.size)
 
-    def batches(self, picks, transform, key=None):
-        """The photographs of each index array, decoded and on the device."""
+    def batches(self, picks, view, key=None):
+        """A view of the photographs of each index array, decoded and on the device."""
         pin = self.device.type == "cuda"
-        for x in decoded(self.paths, picks, transform, key, self.workers, pin):
+        for x in decoded(self.paths, picks, view, key, self.workers, pin):
             yield x.to(self.device, non_blocking=True)
 
     def clean(self, picks):
@@ -815,124 +829,127 @@ class Loader:
             yield normalize(x, self.mean, self.std)
 
     @torch.no_grad()
-    def predict(self, network, part, views=0, seed=0):
-        """Logits of a split's images and of `views` random crop-and-flip views of each, float32
-        (1 + views) x N x K on the device.
+    def sweep(self, networks, part, take, views=0, seed=0):
+        """{name: tensor N x ..}: what `take` keeps of a split's images, in one sweep over them.
 
-        The views depend on the seed alone, so every network sees the same. Processes share the
-        work and all get the whole.
+        take(logits, rows) gets the float32 logits T x (1 + views) x n x K that the `networks`
+        give a few images, `rows` of the split, and `views` random crop-and-flip views of each, and
+        returns {name: tensor n x ..}. The views depend on the seed alone. Processes share the work
+        and all get the whole. Raises NotFinite.
         """
-        network.eval()
-        if WORLD > 1:  # on CPUs the statistics of BatchNorm differ between processes
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+        for network in networks:
+            network.eval()
+            if WORLD > 1:  # on CPUs the statistics of BatchNorm differ between processes
+                for buffer in network.buffers():
+                    dist.broadcast(buffer, 0)
         source = self.sources[part]
         n = len(getattr(self.data, part))
-        logits = torch.zeros(1 + views, n, self.data.num_classes, device=self.device)
+        if not n:
+            return {}
         starts = range(RANK * source.batch, n, WORLD * source.batch)
         picks = [np.arange(start, min(start + source.batch, n)) for start in starts]
+        idle = not picks  # a process without a share must know the names all the same
+        if idle:
+            picks = [np.arange(1)]
+        at_once = max(1, 2**22 // ((1 + views) * len(networks) * self.data.num_classes))
+        odd = torch.zeros(1, device=self.device)
+        whole = {}
         for rows, images in zip(picks, source.clean(picks)):
             seen = [images]
             for view in range(1, 1 + views):
                 rng = np.random.default_rng([seed, 3, view, rows[0]])
                 seen.append(crop_flip(images, rng, images.shape[-1] // 8))
             seen = torch.cat(seen)
-            at_once = max(1, min(256, 2**22 // seen[0, 0].numel()))  # fits caches, and memory
-            found = [network(normalize(x, self.mean, self.std)) for x in seen.split(at_once)]
-            found = torch.cat(found).view(1 + views, len(rows), -1)
-            logits[:, rows[0] : rows[-1] + 1] = found
-        return all_sum(logits)
+            logits = torch.stack([self.logits(network, seen) for network in networks])
+            odd += (~logits.isfinite()).any()
+            logits = logits.unflatten(1, (1 + views, len(rows)))
+            some_rows = np.split(rows, range(at_once, len(rows), at_once))
+            for some, few in zip(some_rows, logits.split(at_once, 2)):
+                for name, values in take(few, some).items():
+                    if name not in whole:
+                        whole[name] = values.new_zeros(n, *values.shape[1:])
+                    if not idle:
+                        whole[name][some[0] : some[-1] + 1] = values
+        if all_sum(odd) > 0:
+            raise NotFinite(f"predictions of the {part} images are not finite numbers")
+        return {name: all_sum(values) for name, values in whole.items()}
 
-def common_folder(data):
-    """The folder below which all photographs of a dataset lie."""
-    paths = [path for part in PARTS for path in getattr(data, part).images]
-    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
-    return os.path.commonpath(folders)
+    def logits(self, network, images):
+        """Logits n x K of uint8 images, a few at a time, as fits caches, and memory."""
+        at_once = max(1, min(256, 2**22 // images[0, 0].numel()))
+        found = [network(normalize(x, self.mean, self.std)) for x in images.split(at_once)]
+        return torch.cat(found)
+
+    def predict(self, network, part, views=0, seed=0):
+        """Logits of a split's images and of random views of each, float32 (1 + views) x N x K on
+        the device; see sweep."""
+        def take(logits, rows):
+            """All of them."""
+            return {"logits": logits[0].transpose(0, 1)}
+        found = self.sweep([network], part, take, views, seed)
+        if not found:
+            return torch.zeros(1 + views, 0, self.data.num_classes, device=self.device)
+        return found["logits"].transpose(0, 1)
+
+    def answers(self, network, part):
+        """The `answers` of a network to a split's clean images, N x 2."""
+        def take(logits, rows):
+            """The likeliest classes."""
+            return {"found": answers(logits[0, 0])}
+        return self.sweep([network], part, take).get("found")
 
 def fingerprint(data):
-    """What identifies a dataset's images, wherever they lie: class names, counts, training labels,
-    and of arrays a hash of at most 1,000 training images, of photographs the paths below a common
-    folder and the labels of each part."""
-    found = {
-        "class_names": data.class_names,
-        "counts": data.counts.tolist(),
-        "labels": torch.from_numpy(data.train.labels),
-    }
-    images = data.train.images
-    if not on_disk(images):
-        some = np.ascontiguousarray(images[::max(1, len(images) // 1000)])
-        return found | {"images": [hashlib.sha256(some).hexdigest()]}
-    root = common_folder(data)
+    """What identifies a dataset, wherever it lies: {"class_names", "counts", and of each part
+    (names, a hash of the labels)}. The names are the paths of photographs below their common
+    folder; of arrays a hash of at most 1,000 images."""
+    found = {"class_names": data.class_names, "counts": data.counts.tolist()}
+    files = [path for part in PARTS for path in getattr(data, part).images if type(path) is str]
+    root = os.path.commonpath([os.path.dirname(path) for path in files]) if files else ""
     for part in PARTS:
         split = getattr(data, part)
-        paths = [os.path.relpath(os.path.abspath(path), root) for path in split.images]
-        found[part] = {"paths": paths, "labels": torch.from_numpy(split.labels)}
+        if on_disk(split.images):
+            names = [os.path.relpath(path, root) for path in split.images]
+        else:
+            some = np.ascontiguousarray(split.images[::max(1, len(split) // 1000)])
+            names = [hashlib.sha256(some).hexdigest()]
+        found[part] = names, hashlib.sha256(np.ascontiguousarray(split.labels)).hexdigest()
     return found
 
-def restore_images(data, saved, run):
-    """Give the data the images of a checkpoint's fingerprint: a folder that is split by a draw
-    would be split otherwise once a photograph is gone or new. Photographs that are gone are named
-    and left out. Raises InputError when the data are others."""
-    if saved["class_names"] != data.class_names:
-        raise InputError(f"{run} is of a run on other classes; give another --out")
-    photographs = on_disk(data.train.images)
-    same = photographs == ("train" in saved)
-    if same and not photographs:
-        found = fingerprint(data)
-        same = torch.equal(saved["labels"], found["labels"]) and saved["images"] == found["images"]
-    if not same:
-        raise InputError(f"{run} is of a run on other training images, or of an older version of "
-                         "this code; give another --out")
-    if not photographs:
-        return
-    root = common_folder(data)
-    known = {os.path.join(root, path) for part in PARTS for path in saved[part]["paths"]}
-    found = {os.path.abspath(path) for part in PARTS for path in getattr(data, part).images}
-    if found - known:
-        print(f"note: {len(found - known):,} images that were not there when this run began are "
-              "not used")
-    for part, kind in zip(PARTS, ("training", "validation", "test")):
-        paths = [os.path.join(root, path) for path in saved[part]["paths"]]
-        there = np.array([os.path.exists(path) for path in paths], dtype=bool)
-        if part == "train" and there.mean() < 0.5:
-            raise InputError(f"{run} is of a run on other photographs: {(~there).sum():,} of "
-                             f"{len(paths):,} are not below {root}; give another --out")
-        paths = np.array(paths, dtype=object)
-        if not there.all():
-            gone = paths[~there]
-            print(f"warning: {len(gone):,} {kind} images of this run are gone and left out: "
-                  f"{', '.join(gone[:5])}")
-        labels = saved[part]["labels"].numpy()
-        setattr(data, part, Split(paths[there], labels[there]))
-    if not len(data.test):
-        raise InputError(f"{run}: none of its test images is left; put them back or give another "
-                         "--out")
-    data.counts = np.array(saved["counts"])  # the losses go on with the counts they began with
-    left = class_counts(data.train.labels, data.num_classes)
-    if left.min() == 0:
-        raise InputError(f"{run}: no training image of class {data.class_names[left.argmin()]} is "
-                         "left; put its images back or give another --out")
+def check_same_data(data, saved, run):
+    """Raise InputError unless the data are those of a checkpoint's fingerprint, naming a photograph
+    that is gone or new."""
+    found = fingerprint(data)
+    for key in found:
+        if saved.get(key) != found[key]:
+            names = (set(some[key][0]) if key in PARTS and key in some else set()
+                     for some in (saved, found))
+            odd = sorted(set.symmetric_difference(*names))
+            said = f": {len(odd):,} are gone or new, {odd[0]} first" if odd else ""
+            raise InputError(f"{run} is of a run on other data, {key}{said}; put them back as they "
+                             "were, or give another --out")
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None,
-                 check=True):
+                 columns=None, group=None, skip_missing=False):
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
 
     name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
     val_* if it has them; two-dimensional labels are 0/1, several per image), a folder with
-    train/CLASS/* and test/ or val/, or a folder that `pack` wrote. root: where cifar and listed
-    images are; lists: where published list files are (default: root).
+    train/CLASS/* and test/ or val/, a folder that `pack` wrote, or a table of labels, .csv or .tsv
+    (read_table says what columns and group are). root: where cifar and listed images are; lists:
+    where published list files are (default: root). skip_missing: leave out listed images that are
+    not there.
 
     imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
     for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
-    which photographs are brought (224). check: see check_photographs. A dataset without validation
-    images gets those that the long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises
-    InputError.
+    which photographs are brought (224). A dataset without validation images gets those that the
+    long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
     """
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":
         raise InputError("--imb-type step: give the ratio as --imb")
-    arrays = read_dataset(name, Path(root), Path(lists or root), split_seed)
+    arrays = read_dataset(name, Path(root), Path(lists or root), split_seed, columns, group)
     source = str(arrays["source"])
+    locate(arrays, Path(arrays.get("base", root)), skip_missing)
     splits, class_names = check_arrays(source, arrays)
     if len(class_names) == 1 and splits["train"].labels.ndim == 1:
         raise InputError(f"{source}: has only the class {class_names[0]}; give data of two classes "
@@ -953,18 +970,23 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     shown = image_size(source, train.images, size, arrays)
     name = str(arrays.get("name", name))
     data = Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
-    if check:
-        check_photographs(data)
+    warn_of_twins(data, marks_of(data))
     return data
 
-def read_dataset(name, root, lists, split_seed):
+def read_dataset(name, root, lists, split_seed, columns, group):
     """What a reader finds, {"train_images": .., "train_labels": .., .., "source": what was read}.
     Arguments: see load_dataset. Raises InputError."""
     path = Path(name)
+    table = path.suffix.lower() in (".csv", ".tsv")
+    if not table and (columns or group):
+        raise InputError(f"--columns and --group are for tables of labels, .csv or .tsv; {name} is "
+                         "none")
     if name in READERS:
         if path.is_dir():
             print(f"note: --dataset {name} is the one of this name; the folder is ./{name}")
         return {"source": root} | READERS[name](root, lists, split_seed)
+    if table and path.is_file():
+        return {"source": path} | read_table(path, root, split_seed, columns, group)
     if path.suffix == ".npz":
         return {"source": path} | read_npz(path)
     if (path / "train_images.npy").is_file():
@@ -972,40 +994,29 @@ def read_dataset(name, root, lists, split_seed):
     if path.is_dir():
         with reading(path, "make all folders in it readable"):
             return {"source": path} | read_folder(path, split_seed)
-    raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz or "
-                     "a folder of photographs")
-
-def recipe_name(dataset):
-    """The name whose recipe a --dataset has: its own; what was packed; "default" for another
-    .npz, "folder" for another folder."""
-    path = Path(dataset)
-    if dataset in READERS:
-        return dataset
-    if (path / "train_images.npy").is_file():
-        return read_about(path)["name"]
-    if path.suffix == ".npz" and path.is_file():
-        with reading(path), np.load(path) as file:
-            return str(file.get("name", "default"))
-    return "folder" if path.is_dir() else dataset
+    raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz, "
+                     "table (.csv, .tsv) or folder of photographs")
 
 def image_size(source, images, size, about):
     """(size, resize, photographs) of a Dataset from its images and --size. about: what `pack` says
-    of them: photographs, that it made squares of; resize, where it cut the centre out. Raises
-    InputError."""
+    of them: photographs, that it made squares of; resize, where it cut the centre out. Arrays of
+    which it says nothing are photographs above 64 pixels. Raises InputError."""
     if on_disk(images):
         side = size or 224
-    else:
-        height, width = images.shape[1:3]
-        if not about.get("photographs"):
-            if size not in (None, height):
-                raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which "
-                                 "are used as they are; leave it out")
-            resize = about.get("resize", max(height, width))
-            return (height, width), int(resize), False
-        side = size or height * 224 // 256
-        if side > height:
-            raise InputError(f"--size {side}: {source} holds images of {height} pixels; pack "
-                             "larger ones or take less")
+        return (side, side), round(side * 256 / 224), True
+    height, width = images.shape[1:3]
+    packed = "photographs" in about
+    if not (about["photographs"] if packed else min(height, width) > 64):
+        if size not in (None, height):
+            raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which "
+                             "are used as they are; leave it out")
+        resize = about.get("resize", max(height, width))
+        return (height, width), int(resize), False
+    shorter = min(height, width)
+    side = size or (shorter * 224 // 256 if packed else min(shorter, 224))
+    if side > shorter:
+        raise InputError(f"--size {side}: {source} holds images of {shorter} pixels; pack "
+                         "larger ones or take less")
     return (side, side), round(side * 256 / 224), True
 
 def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
@@ -1037,19 +1048,22 @@ def check_arrays(source, arrays):
         found = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
         names = range(found)
     names = [str(name) for name in np.atleast_1d(names)]
+    times = Counter(names)
+    names = [name if times[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
     splits = {}
     for part in PARTS:
         images = np.atleast_1d(arrays.get(f"{part}_images", []))
-        absent = len(images) + len(labels[part]) == 0
-        if absent and part == "val":
+        if part == "val" and not len(images) + len(labels[part]):
             continue
-        images = check_images(source, part, images)
-        check_labels(source, part, labels[part], len(images), len(names), several)
-        kind = np.uint8 if several else np.int64
-        splits[part] = Split(images, labels[part].astype(kind))
-    sizes = {part: split.images.shape[1:3] for part, split in splits.items()}
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{part} {' x '.join(map(str, size))}" for part, size in sizes.items())
+        pixels = images.dtype == np.uint8 and images.shape[3:] in ((), (3,)) and images.ndim > 2
+        if not (pixels or on_disk(images)):
+            raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store "
+                             "uint8, N x H x W x 3 or N x H x W")
+        check_labels(source, f"{part}_labels", labels[part], len(images), len(names), several)
+        splits[part] = Split(images, labels[part].astype(np.uint8 if several else np.int64))
+    sizes = {split.images.shape[1:3] for split in splits.values()}
+    if len(sizes) > 1:
+        found = ", ".join(" x ".join(map(str, size)) for size in sorted(sizes))
         raise InputError(f"{source}: its images differ in size ({found} pixels); store one size")
     if several and (splits["train"].labels.sum(1) == 1).all():
         print(f"note: {source} marks exactly one label per image and is taken as several labels; "
@@ -1064,44 +1078,31 @@ def whole_labels(source, arrays, part):
         labels = labels[:, 0]  # MedMNIST keeps a column
     whole = labels.dtype.kind in "iufb" and np.array_equal(labels, labels.astype(np.int64))
     if not whole or labels.ndim not in (1, 2):
-        raise InputError(
-            f"{source}: {part}_labels is {labels.dtype} {labels.shape}; store one "
-            "whole number per image, or a row of 0 and 1"
-        )
+        raise InputError(f"{source}: {part}_labels is {labels.dtype} {labels.shape}; store one "
+                         "whole number per image, or a row of 0 and 1")
     return labels
 
-def check_images(source, part, images):
-    """The images of a split, grey ones with three channels. Raises InputError."""
-    if on_disk(images):
-        return images
-    if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=3)
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store uint8, "
-                         "N x H x W x 3 or N x H x W")
-    return images
-
-def check_labels(source, part, labels, num_images, num_classes, several):
+def check_labels(source, key, labels, num_images, num_classes, several):
     """Raise InputError for labels of a wrong shape or out of range."""
-    key = f"{part}_labels"
     if not len(labels):
         raise InputError(f"{source}: {key} is empty; there must be images to train and test on")
     shape = (num_images, num_classes) if several else (num_images,)
     if labels.shape != shape:
         wanted = f"a row of {num_classes} per image" if several else "one number per image"
-        hint = "" if part == "train" else ", as in train_labels"
-        raise InputError(
-            f"{source}: {key} has shape {labels.shape} for {num_images} images; "
-            f"store {wanted}{hint}"
-        )
-    least = labels.min()
-    most = labels.max()
+        raise InputError(f"{source}: {key} has shape {labels.shape} for {num_images} images; store "
+                         f"{wanted}, as in train_labels")
     highest = 1 if several else num_classes - 1  # several labels are marked by 0 and 1
-    if not 0 <= least <= most <= highest:
-        raise InputError(f"{source}: {key} run from {least} to {most}; they must lie in "
-                         f"0..{highest}")
+    if not 0 <= labels.min() <= labels.max() <= highest:
+        raise InputError(f"{source}: {key} run from {labels.min()} to {labels.max()}; they must "
+                         f"lie in 0..{highest}")
 
 # ---------------------------------------------------------------------------------------- readers
+
+def why(error):
+    """The first line of an error's message, or its type where it has none; a line whatever it
+    holds."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 @contextmanager
 def reading(path, remedy="copy or download it again"):
@@ -1113,8 +1114,7 @@ def reading(path, remedy="copy or download it again"):
     except Exception as error:  # a cut or garbled file fails in a dozen ways
         if isinstance(error, FileNotFoundError) and error.filename:
             raise InputError(f"{error.filename}: no such file; {remedy}") from None
-        first_line = str(error).strip().split("\n")[0][:100]
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {first_line}); "
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {why(error)[:100]}); "
                          f"{remedy}") from None
 
 def write_file(path, write, keep_previous=False):
@@ -1140,9 +1140,8 @@ def write_file(path, write, keep_previous=False):
     except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as RuntimeError
         if "CUDA" in str(error):
             raise
-        why = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be written ({why}); what was there is kept: make room "
-                         "or give another path, then run it again") from None
+        raise InputError(f"{path} cannot be written ({why(error)}); what was there is kept: make "
+                         "room or give another path, then run it again") from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -1184,36 +1183,26 @@ def show_progress(what, done, total):
     print(f"\r{what}: {done:,} of {total:,}", end=end, flush=True)
 
 def pack(data, target, size, workers):
-    """Freeze a dataset's splits, in one file where `target` ends in .npz, else as arrays in a
-    folder that are read memory-mapped (read_packed).
+    """Freeze a dataset's splits as arrays in a folder that are read memory-mapped (read_packed).
 
-    In a folder photographs become squares of size x size pixels; in a file they are what the
-    network sees. Images in memory stay as they are. Raises InputError.
+    Photographs become squares of size x size pixels; images in memory stay as they are. Raises
+    InputError.
     """
     target = Path(target)
-    one_file = target.suffix == ".npz"
-    view = (data.size, data.resize) if one_file else ((size, size), size)
-    saves = {}  # what writes each array into an open file
+    make_room(data, target, size)
     for part in PARTS:
         split = getattr(data, part)
-        saves[f"{part}_labels"] = partial(np.save, arr=split.labels)
-        saves[f"{part}_images"] = partial(save_images, split=split, view=view, workers=workers)
+        images = partial(save_images, split=split, size=size, workers=workers)
+        labels = partial(np.save, arr=split.labels)
+        for key, save in (("images", images), ("labels", labels)):
+            write_file(target / f"{part}_{key}.npy", partial(save_array, save=save))
     about = {
-        "name": recipe_name(data.name),
+        "name": data.recipe,
         "photographs": data.photographs,
         "class_names": data.class_names,
         "resize": data.resize,
     }
-    if one_file:
-        if on_disk(data.train.images):
-            about["photographs"] = False  # cut to what the network sees
-        saves |= {key: partial(np.save, arr=value) for key, value in about.items()}
-        write_file(target, partial(save_archive, saves=saves))
-    else:
-        make_room(data, target, size)
-        for key, save in saves.items():
-            write_file(target / f"{key}.npy", partial(save_array, save=save))
-        write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
+    write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
 
 def make_room(data, target, size):
     """The folder that `pack` writes into, without the mark of a whole pack, about.json. Raises
@@ -1232,44 +1221,31 @@ def make_room(data, target, size):
                              f"{free / 2 ** 30:.1f} are free; make room")
         (target / "about.json").unlink(missing_ok=True)
 
-def save_archive(path, saves):
-    """An .npz by LZMA, which numpy.load reads."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        for key, save in saves.items():
-            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                save(file)
-
 def save_array(path, save):
-    """An .npy, whatever the name of the file."""
+    """A file of numpy's, whatever its name."""
     with open(path, "wb") as file:
         save(file)
 
-def save_images(file, split, view, workers):
-    """A split's images as .npy into an open file. Photographs become arrays, part by part; view:
-    the (H, W) that is cut out, and to how many pixels the shorter side is brought before."""
+def save_images(file, split, size, workers):
+    """A split's images as .npy into an open file; photographs become squares, part by part."""
     if not on_disk(split.images):
         np.save(file, split.images)
         return
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *view[0], 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), size, size, 3)}
     np.lib.format.write_array_header_1_0(file, header)
-    for part in decoded_pixels(split.images, centre_view(*view), workers):
-        file.write(part.tobytes())
-
-def decoded_pixels(paths, transform, workers):
-    """The photographs `paths` as uint8 arrays n x H x W x 3, with progress."""
-    picks = np.split(np.arange(len(paths)), range(256, len(paths), 256))
+    picks = np.split(np.arange(len(split)), range(256, len(split), 256))
+    view = partial(centre_view, size=(size, size), resize=size)
     done = 0
-    for x in decoded(paths, picks if len(paths) else [], transform, workers=workers):
+    for x in decoded(split.images, picks if len(split) else [], view, workers=workers):
         done += len(x)
-        show_progress("photographs packed", done, len(paths))
-        yield x.permute(0, 2, 3, 1).contiguous().numpy()
+        show_progress("photographs packed", done, len(split))
+        file.write(x.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 def read_about(folder):
     """What `pack` wrote about a folder. Raises InputError."""
     with reading(folder / "about.json", "write the folder again with --pack"):
         about = json.loads((folder / "about.json").read_text())
-        optional = {"resize"} & about.keys()  # which earlier packs lack
-        return {key: about[key] for key in ("name", "photographs", "class_names", *optional)}
+        return {key: about[key] for key in ("name", "photographs", "class_names", "resize")}
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
@@ -1348,16 +1324,23 @@ def image_files(folder, skipped=None):
 
 def read_folder(path, split_seed):
     """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*; other names: FOLDERS), or a
-    flat one, CLASS/*, which is split. Raises InputError."""
+    flat one, CLASS/*, which is split (draw_parts). Raises InputError."""
     skipped = Counter()
     places = {}
+    loose = {}
     for place in sorted(path.iterdir()):
         part = FOLDERS.get(place.name.lower())
-        if part and place.is_dir() and subfolders(place):  # without: a class called train
-            if part in places:
-                raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the "
-                                 f"{part} part; keep one of them")
-            places[part] = place
+        if part and place.is_dir():
+            if subfolders(place):
+                if part in places:
+                    raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the "
+                                     f"{part} part; keep one of them")
+                places[part] = place
+            else:  # one alone may be a class called train
+                loose[part] = place
+    if loose and len(places | loose) > 1 and any(map(image_files, loose.values())):
+        listed = ", ".join(f"{place.name}/" for place in loose.values())
+        raise InputError(f"{path}: {listed}: images without class folders; {table_beside(path)}")
     used = {place.name for place in places.values()}
     try:
         if places:
@@ -1372,10 +1355,18 @@ def read_folder(path, split_seed):
         say_unused(place, names)
     return as_arrays(files, names)
 
+def table_beside(path):
+    """What to do with loose images: read the table beside them, if there is one."""
+    tables = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (".csv", ".tsv")]
+    if tables:
+        return f"read them by their table: --dataset {tables[0]} --data-root {path}"
+    return ("put them into CLASS folders, or their names and labels into a table: --dataset "
+            f"labels.csv --data-root {path}")
+
 def say_unused(folder, used):
     """Print which folders in a folder are not among those used, and how many images lie right in
     it, which belong to no class."""
-    left = [f"{name}/" for name in subfolders(folder) if name not in used]
+    left = [f"{name}/" for name in subfolders(folder) if one_form(name) not in used]
     loose = sum(p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() for p in folder.iterdir())
     if loose:
         left.append(f"{loose} images right in it")
@@ -1397,76 +1388,85 @@ def read_parts(path, places, skipped):
     if "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
         places["test"] = places.pop("val")
         print(f"note: {path}: no test/CLASS/*; {places['test'].name}/ is tested on")
-    names = class_folders(places["train"])
+    names = sorted(class_folders(places["train"]))
     files = {}
     for part, place in places.items():
-        unknown = [name for name in class_folders(place) if name not in names]
+        folders = class_folders(place)
+        unknown = [name for name in folders if name not in names]
         if unknown:
             raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
-        found = [image_files(place / name, skipped) for name in names]
-        if part == "train":
-            warn_if_nested(place, names, found)
+        found = [image_files(place / folders.get(name, name), skipped) for name in names]
         sizes = [len(paths) for paths in found]
         paths = [file for paths in found for file in paths]
         files[part] = paths, np.repeat(np.arange(len(names)), sizes)
     return names, files
 
 def split_flat_folder(path, split_seed, skipped):
-    """(class names, {part: (paths, labels)}) of a folder CLASS/*, drawn per class by split_seed:
-    20 % test images, at least one, 10 % validation and 70 % training images. Classes that would
-    be few-shot keep their validation images for training.
+    """(class names, {part: (paths, labels)}) of a folder CLASS/*, by draw_parts."""
+    folders = class_folders(path)
+    names = sorted(folders)
+    found = [image_files(path / folders[name], skipped) for name in names]
+    labels = np.repeat(np.arange(len(names)), [len(files) for files in found])
+    paths = np.array([file for files in found for file in files], dtype=object)
+    units = [os.path.relpath(file, path) for file in paths]
+    drawn = draw_parts(labels, units, split_seed)
+    print(f"{path}: no train/ and test/; {DRAWN.format(split_seed)}")
+    return names, {part: (paths[drawn == part], labels[drawn == part]) for part in PARTS}
 
-    The order of the draw is that of a hash of each path, so that more photographs change the parts
-    of hardly any old one.
+DRAWN = ("split per class by --split-seed {}: 70 % training, 10 % validation, 20 % test images (of "
+         "small classes none for validation, at least one to test on)")
+
+def draw_parts(labels, units, split_seed):
+    """The part of each image, a str array (N,): of each class 20 % test images, at least one, 10 %
+    validation and 70 % training images. Classes that would be few-shot keep their validation
+    images for training, classes of one unit all.
+
+    labels: int (N,); units: N strings; images of one unit (a patient, else its own path) are in
+    one part. The order of the draw is that of a hash of each unit, so that more images change the
+    parts of hardly any old one.
     """
-    names = class_folders(path)
-    files = {part: ([], []) for part in PARTS}
-    in_classes = [image_files(path / name, skipped) for name in names]
+    members = {}
+    for i, unit in enumerate(units):
+        members.setdefault(unit, []).append(i)
+    counts = np.bincount(labels)
+    by_class = {}
+    for unit, rows in members.items():  # a unit goes with the rarest of its classes
+        rarest = labels[rows][counts[labels[rows]].argmin()]
+        by_class.setdefault(rarest, []).append(unit)
 
-    def drawn(file):
-        """What the draw orders a file by."""
-        key = f"{split_seed} {os.path.relpath(file, path)}"
-        return hashlib.sha256(os.fsencode(key)).digest()
+    def drawn(unit):
+        """What the draw orders a unit by."""
+        return hashlib.sha256(os.fsencode(f"{split_seed} {unit}")).digest()
 
-    for c, (name, found) in enumerate(zip(names, in_classes)):
-        n = len(found)
-        if n < 2:
-            raise InputError(f"{path / name}: {n} images; a class needs one to train on and one to "
-                             "test on")
+    parts = np.full(len(labels), "train", dtype=object)
+    for found in by_class.values():
+        n = sum(len(members[unit]) for unit in found)
         tests = max(1, n // 5)
         vals = n // 10 if n - tests - n // 10 >= 20 else 0
-        order = sorted(found, key=drawn)
-        pieces = order[:tests], order[tests : tests + vals], order[tests + vals :]
-        for part, some in zip(("test", "val", "train"), pieces):
-            files[part][0].extend(sorted(some))
-            files[part][1].extend([c] * len(some))
-    print(f"{path}: no train/ and test/; split per class by --split-seed {split_seed}: 70 % "
-          "training, 10 % validation, 20 % test images (of small classes none for validation, at "
-          "least one to test on)")
-    warn_if_nested(path, names, in_classes)
-    return names, files
+        taken = 0
+        for unit in sorted(found, key=drawn)[:-1]:
+            if taken < tests + vals:
+                parts[members[unit]] = "test" if taken < tests else "val"
+            taken += len(members[unit])
+    return parts
 
-def warn_if_nested(place, names, found):
-    """Print a warning when no image of the classes, found: a list of paths for each of `names`,
-    lies right in the folder of its class."""
-    right = [os.path.dirname(file) == str(place / name)
-             for name, files in zip(names, found) for file in files]
-    if not any(right):
-        print(f"warning: {place}: all images lie in folders within the class folders "
-              f"{', '.join(names[:5])}; if those within are the classes, give the folder that "
-              "holds them")
+def marks_of(data):
+    """For each image, part by part, what the same image has too, and hardly another: of arrays a
+    row of pixels, of photographs a hash of the file's size and end.
 
-def check_photographs(data):
-    """Open the headers of all photographs of a dataset on disk, in process 0, in parallel and with
-    progress; warns of those that are there twice. Raises InputError with the number of those that
-    cannot be read, and the first."""
-    if RANK or not on_disk(data.train.images):
-        return
+    So the headers of all photographs are opened, in parallel and with progress. Raises InputError
+    with the number of those that cannot be read, and the first. Process 0 alone; others get none.
+    """
+    if RANK:
+        return []
+    if not on_disk(data.train.images):
+        splits = [getattr(data, part).images for part in PARTS]
+        return [bytes(row) for images in splits for row in images[:, images.shape[1] // 2]]
     paths = [path for part in PARTS for path in getattr(data, part).images]
     bad = []
 
     def mark(path):
-        """A hash of a file's size and end, which hardly two photographs share."""
+        """The mark of a file."""
         try:
             with open(path, "rb") as file, Image.open(file):
                 size = file.seek(0, os.SEEK_END)
@@ -1482,44 +1482,51 @@ def check_photographs(data):
             if len(paths) >= 2000:
                 show_progress("photographs checked", start + len(some), len(paths))
     if bad:
-        listed = ", or give the folder that holds them as --data-root" * (data.name in READERS)
         raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
-                         f"{min(bad)}; replace or remove them{listed}")
-    warn_of_twins(data, marks)
+                         f"{min(bad)}; replace or remove them")
+    return marks
 
 def warn_of_twins(data, marks):
-    """Print how many photographs are in two parts or in two classes. marks: for each path, part
-    by part, what only the same file has too, or hardly another."""
-    parts = [(part, *entry) for part in PARTS
-             for entry in zip(getattr(data, part).images, getattr(data, part).labels)]
+    """Print how many images are in two parts or in two classes. marks: see marks_of."""
+    places = [(part, i) for part in PARTS for i in range(len(getattr(data, part)))]
     first = {}
-    leaks = []
-    disputed = []
-    for entry, mark in zip(parts, marks):
-        twin = first.setdefault(mark, entry)
-        if twin is entry or not filecmp.cmp(twin[1], entry[1], shallow=False):
+    twins = {"parts": [], "classes": []}
+    for place, mark in zip(places, marks):
+        twin = first.setdefault(mark, place)
+        a, b = (getattr(data, part).images[i] for part, i in (twin, place))
+        on_file = isinstance(a, str)
+        if twin is place or not (filecmp.cmp(a, b, False) if on_file else np.array_equal(a, b)):
             continue
-        if twin[0] != entry[0]:
-            leaks.append(f"{entry[1]} is {twin[1]}")
-        elif not np.array_equal(twin[2], entry[2]):
-            disputed.append(f"{entry[1]} is {twin[1]}")
-    for found, where, harm in (
-        (leaks, "parts", "their figures will be too good"),
-        (disputed, "classes", "one of the labels is wrong"),
-    ):
+        label, other = (getattr(data, part).labels[i] for part, i in (twin, place))
+        said = f"{b} is {a}" if on_file else f"image {place[1]} of {place[0]} is {twin[1]} of {twin[0]}"
+        if twin[0] != place[0]:
+            twins["parts"].append(said)
+        elif not np.array_equal(label, other):
+            twins["classes"].append(said)
+    for where, found in twins.items():
         if found:
-            print(f"warning: {len(found):,} photographs are in two {where}, so {harm}: {found[0]}")
+            print(f"warning: {len(found):,} images are in two {where}, so figures will be wrong: "
+                  f"{found[0]}")
 
 def subfolders(place):
     """Names of the folders in a folder, sorted, without HIDDEN ones."""
     return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN))
 
+def one_form(name):
+    """A name in one of the forms that Unicode has for letters with accents (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
 def class_folders(place):
-    """Names of the class folders in a folder, sorted. Raises InputError when there are none."""
-    names = subfolders(place)
-    if not names:
+    """{class name: folder} of the class folders in a folder. Raises InputError when there are
+    none, or two of one name."""
+    folders = subfolders(place)
+    if not folders:
         raise InputError(f"{place}: no class folders in it; every class needs a folder of images")
-    return names
+    found = {one_form(name): name for name in folders}
+    if len(found) < len(folders):
+        raise InputError(f"{place}: two class folders have one name, in two forms of Unicode; "
+                         "put their images into one")
+    return found
 
 def as_arrays(parts, names):
     """What a reader returns, from {part: (paths, labels)} and class names."""
@@ -1528,6 +1535,196 @@ def as_arrays(parts, names):
         arrays[f"{part}_images"] = np.array([str(p) for p in paths], dtype=object)
         arrays[f"{part}_labels"] = labels
     return arrays
+
+def locate(arrays, root, skip_missing=False):
+    """Bring the listed photographs of a reader's arrays to where they are: see Finder. What is not
+    there at all is left out, with skip_missing. Raises InputError with the number of those that
+    are not there, and the first.
+    """
+    finder = None
+    for part in PARTS:
+        paths = np.atleast_1d(arrays.get(f"{part}_images", []))
+        if not on_disk(paths):
+            continue
+        with ThreadPoolExecutor(16) as pool:
+            there = np.array(list(pool.map(os.path.exists, paths)), dtype=bool)
+        for i in np.flatnonzero(~there):
+            finder = finder or Finder(root)
+            paths[i] = finder.find(paths[i]) or paths[i]
+            there[i] = os.path.exists(paths[i])
+        if there.all():
+            continue
+        gone = paths[~there]
+        said = f"{len(gone):,} of {len(paths):,} {part} images are not below {root}, {gone[0]} first"
+        if not skip_missing:
+            raise InputError(f"{said}; give the folder that holds them as --data-root, or leave them "
+                             "out with --skip-missing")
+        labels = np.asarray(arrays[f"{part}_labels"])
+        lost = class_counts(labels[~there], len(arrays["class_names"]))
+        most = [f"{arrays['class_names'][c]} {lost[c]}" for c in np.argsort(-lost)[:5] if lost[c]]
+        print(f"warning: {said}; they are left out, by class: {', '.join(most)}")
+        arrays[f"{part}_images"] = paths[there]
+        arrays[f"{part}_labels"] = labels[there]
+
+class Finder:
+    """Finds listed images below a folder: their paths may begin with folders of another machine,
+    repeat the folder or the suffix, lack the suffix, or have a class folder that a flat one lacks;
+    a name without folders may be in any folder."""
+
+    def __init__(self, root):
+        self.known = {}  # path below the root, with and without suffix: the path
+        self.bare = {}  # the same of names alone; None where several images have one
+        for path in image_files(root):
+            below = one_form(path[len(str(root)) :].lstrip("/"))
+            for name in (below, os.path.splitext(below)[0]):
+                self.known[name] = path
+                last = name.split("/")[-1]
+                self.bare[last] = path if self.bare.get(last, path) == path else None
+
+    def find(self, name):
+        """The path of an image, by the longest tail of its name that exists; None if none does."""
+        parts = [p for p in one_form(name).replace("\\", "/").split("/") if p not in ("", ".")]
+        if len(parts) == 1 and parts[0] in self.bare:
+            return self.bare[parts[0]]
+        for some in (parts, parts[:-2] + parts[-1:]):
+            for i in range(len(some)):
+                tail = "/".join(some[i:])
+                for form in (tail, os.path.splitext(tail)[0]):
+                    if form in self.known:
+                        return self.known[form]
+
+def read_columns(path):
+    """{column: its cells} of a .csv or .tsv, without blanks around them. Raises InputError."""
+    with reading(path, "save it as UTF-8 text, the names of its columns first"):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count))
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    lines = [(number, row) for number, row in lines if any(row)]
+    if len(lines) < 2:
+        raise InputError(f"{path}: has no line below the names of its columns")
+    head = lines[0][1]
+    for number, row in lines:
+        if len(row) != len(head):
+            raise InputError(f"{path}: line {number} has {len(row)} cells, the first {len(head)}; "
+                             "put cells that hold a comma into quotes")
+    if len(set(head)) < len(head):
+        raise InputError(f"{path}: two columns have one name; rename one of them")
+    return dict(zip(head, zip(*(row for _, row in lines[1:]))))
+
+LABEL_COLUMNS = ("label labels class classes category categories target diagnosis dx species tag "
+                 "tags class_name label_name finding_labels").split()
+MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+
+def find_columns(path, root, table, finder, asked, group):
+    """(column of file names, columns of labels, column of parts or None) of a table. asked: the
+    first two as --columns has them, or []. Raises InputError where it is not clear."""
+    for name in [*asked, *[group] * bool(group)]:
+        if name not in table:
+            raise InputError(f"{path}: has no column {name}; it has {', '.join(table)}")
+    values = {name: {cell.lower() for cell in cells} for name, cells in table.items()}
+    split = [name for name in table if len(values[name]) > 1 and values[name] <= FOLDERS.keys()]
+    split = (split or [None])[0]
+    if asked:
+        return asked[0], asked[1:], split
+    found = {}
+    for name, cells in table.items():
+        some = cells[:: max(1, len(cells) // 1000)]
+        found[name] = len({finder.find(cell) for cell in some} - {None})
+    image = max(found, key=found.get)
+    if not found[image]:
+        firsts = ", ".join(cells[0] for cells in table.values())
+        raise InputError(f"{path}: no column names images below {root} ({firsts}); give the folder "
+                         "that holds them as --data-root")
+    free = [name for name in table if name not in (image, group, split)]
+    usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
+    marks = [name for name in free if values[name] <= MARKS.keys()]
+    repeated = [name for name in free if len(values[name]) <= len(table[name]) / 2]
+    labels = usual or (marks if len(marks) > 1 else repeated)
+    if len(labels) != 1 and labels != marks:
+        raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
+                         "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
+    return image, labels, split
+
+def cell_labels(cells):
+    """(class names, labels) of a column's cells: int (N,), or 0/1 N x K where cells hold several
+    labels with | or ; between, or with a comma where that makes fewer labels than cells differ.
+    Names that are numbers are sorted as such."""
+    mark = next((mark for mark in "|;" if any(mark in cell for cell in cells)), ",")
+    split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
+    names = {label for labels in split.values() for label in labels if label}
+    several = max(map(len, split.values())) > 1 and (mark != "," or len(names) <= len(split))
+    names = names if several else set(cells)
+    names = sorted(names, key=int if all(map(str.isdigit, names)) else str)
+    index = {name: c for c, name in enumerate(names)}
+    if not several:
+        return names, np.array([index[cell] for cell in cells])
+    rows = [[index[label] for label in split[cell] if label] for cell in cells]
+    return names, multi_hot(rows, len(names), "")
+
+def marked_labels(path, columns):
+    """(class names, labels) of columns of 0 and 1 {name: cells}, one per class: 0/1 N x K, or
+    classes, int (N,), where each image has exactly one 1. Columns without any 1 are left out.
+    Raises InputError."""
+    for name, cells in columns.items():
+        odd = [cell for cell in cells if cell.lower() not in MARKS]
+        if odd:
+            raise InputError(f"{path}: column {name} holds '{odd[0]}'; give 0 or 1")
+    used = {name: [MARKS[cell.lower()] for cell in cells] for name, cells in columns.items()}
+    unused = [name for name, marks in used.items() if not any(marks)]
+    if unused:
+        print(f"note: {path}: no image is {', '.join(unused)}")
+    names = [name for name in used if name not in unused]
+    labels = np.array([used[name] for name in names], np.uint8).T
+    one_each = (labels.sum(1) == 1).all()
+    return names, labels.argmax(1) if one_each else labels
+
+def read_table(path, root, split_seed, columns=None, group=None):
+    """A table of labels, a line per image: a column of file names of images below `root` (see
+    Finder) and one of labels (cell_labels), or a column of 0 and 1 per label (marked_labels).
+
+    columns: the names of these columns, with commas between, where find_columns cannot tell. A
+    column whose cells are train, val and test (or the like: FOLDERS) says the parts; else
+    draw_parts does, and images of one cell of the column `group` (a patient) stay in one part.
+    Raises InputError.
+    """
+    table = read_columns(path)
+    finder = Finder(root)
+    asked = columns.split(",") if columns else []
+    image, chosen, split = find_columns(path, root, table, finder, asked, group)
+    for name in {image, chosen[0]}:
+        if "" in table[name]:
+            raise InputError(f"{path}: {table[name].count('')} cells of column {name} are empty, "
+                             f"image {table[name].index('') + 1} first; fill them in, or remove the "
+                             "lines")
+    if len(chosen) == 1:
+        names, labels = cell_labels(table[chosen[0]])
+    else:
+        names, labels = marked_labels(path, {name: table[name] for name in chosen})
+    paths = [finder.find(name) or f"{root}/{name}" for name in table[image]]
+    first = {}
+    for i, name in enumerate(paths):
+        if not np.array_equal(labels[first.setdefault(name, i)], labels[i]):
+            raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, or "
+                             "give all labels of an image in one cell, with | between")
+    classes = labels if labels.ndim == 1 else rarest_labels(labels)
+    rows = sorted(first.values(), key=lambda i: (classes[i], paths[i]))  # as folders would be read
+    paths = np.array(paths, dtype=object)[rows]
+    if split:
+        parts = np.array([FOLDERS[table[split][i].lower()] for i in rows], dtype=object)
+    else:
+        parts = draw_parts(classes[rows], [table[group or image][i] for i in rows], split_seed)
+    if "test" not in parts:
+        parts[parts == "val"] = "test"
+    how = f"parts by {split}" if split else DRAWN.format(split_seed)
+    print(f"{path}: {len(paths):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
+    files = {part: (paths[parts == part], labels[rows][parts == part]) for part in PARTS}
+    return as_arrays(files, names)
+
+def rarest_labels(labels):
+    """Of each image the label that the fewest images have, int (N,). labels: 0/1 N x K."""
+    return np.where(labels > 0, labels.sum(0, dtype=np.int64), len(labels) + 1).argmin(1)
 
 def read_list(path):
     """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
@@ -1618,21 +1815,35 @@ def read_published(name, root, lists, split_seed):
         if part == "train":
             names = published_names(found, paths, labels, published["classes"])
         parts[part] = [f"{base}/{path}" for path in paths], labels
-    return as_arrays(parts, names)
+    return as_arrays(parts, names) | {"base": base}
 
 def published_names(found, paths, labels, published):
-    """Class names: the folders of a training list's images, else numbers. Warns when its classes
-    and their largest and smallest number of images are not as published."""
+    """Class names: those of categories.json or classnames.txt beside the list, or of the list that
+    is a json; else the last folders of the images' paths, as many as tell the classes apart. Warns
+    when the list's classes and their largest and smallest number of images are not as published."""
     counts = np.bincount(labels)
     seen = (len(counts), int(counts.max()), int(counts.min()))
     if seen != published:
         print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
               "fewest images of a class)")
-    names = [str(c) for c in range(len(counts))]
-    for path, label in zip(paths, labels.tolist()):
-        if "/" in path:
-            names[label] = path.rsplit("/", 2)[-2]
-    return names
+    folders = {label: os.path.dirname(path) or str(label) for path, label in zip(paths, labels)}
+    folders = [folders.get(c, str(c)) for c in range(len(counts))]
+    ends = [folder.split("/")[-1] for folder in folders]
+    known = {}
+    with reading(found.parent, "remove categories.json and classnames.txt there"):
+        for file in found.parent.glob("classnames.txt"):
+            known |= dict(line.split(None, 1) for line in file.read_text().splitlines())
+        for file in [*found.parent.glob("categories.json"), *[found] * (found.suffix == ".json")]:
+            listed = json.loads(file.read_text())
+            listed = listed if isinstance(listed, list) else listed.get("categories", [])
+            known |= {str(entry["id"]): entry["name"] for entry in listed}
+    if known.keys() >= set(ends):
+        return [known[end] for end in ends]
+    depth = 1
+    while len(set(ends)) < len(set(folders)):
+        depth += 1
+        ends = ["/".join(folder.split("/")[-depth:]) for folder in folders]
+    return ends
 
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
        "person pottedplant sheep sofa train tvmonitor").split()
@@ -1672,7 +1883,7 @@ def read_coco_mlt(root, lists, split_seed):
 
     By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.pkl, which is a text, and
     COCO's annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images
-    without an object are left out. Raises InputError.
+    without an object are negatives of all classes. Raises InputError.
     """
     choices = ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.pkl", "img_id.txt")
     source, train_ids, train_classes = find_list(lists, choices, 1909)
@@ -1682,10 +1893,13 @@ def read_coco_mlt(root, lists, split_seed):
         with reading(source, "its lines are COCO's image numbers: copy or download it again"):
             train_classes = [known.get(int(i), ()) for i in train_ids]
     train_paths = [f"{root}/train2017/{i:0>12}.jpg" for i in train_ids]
-    test_paths = [f"{root}/val2017/{files[i]}" for i in found]
+    test_paths = [f"{root}/val2017/{file}" for file in files.values()]
+    test_classes = [found.get(i, ()) for i in files]
+    print(f"note: {len(files) - len(found)} test images without an object are negatives of all "
+          "classes")
     parts = {
         "train": (train_paths, multi_hot(train_classes, len(names), source)),
-        "test": (test_paths, multi_hot(list(found.values()), len(names), root)),
+        "test": (test_paths, multi_hot(test_classes, len(names), root)),
     }
     return as_arrays(parts, names)
 
@@ -1713,10 +1927,10 @@ def read_miml(root, lists, split_seed):
     remedy = f"put labels.csv or `miml data.mat` into {base}, the photographs into {base}/images"
     with reading(base, remedy):
         if (base / "labels.csv").is_file():
-            cells = np.loadtxt(base / "labels.csv", str, comments=None, delimiter=",")
-            names = cells[0, 1:]
-            files = cells[1:, 0]
-            labels = cells[1:, 1:].astype(np.int64)
+            table = read_columns(base / "labels.csv")
+            files = table.pop(next(iter(table)))
+            names = list(table)
+            labels = np.array(list(table.values())).T.astype(np.int64)
         else:
             with open(base / "miml data.mat", "rb") as file:
                 targets = scipy.io.loadmat(file)["targets"]
@@ -1872,7 +2086,7 @@ def add_data_arguments(parser):
     """The flags that choose a dataset, the same in all scripts."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cifar100",
-        help=f"{', '.join(READERS)}, or the path of an .npz or an image folder")
+        help=f"{', '.join(READERS)}, or the path of an .npz, an image folder or a table of labels")
     add("--data-root", default="data",
         help="where NAME.npz, torchvision's files or listed images are")
     add("--lists", help="folder of the published list files (default: the data root)")
@@ -1882,6 +2096,11 @@ def add_data_arguments(parser):
     add("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts")
     add("--split-seed", type=number(int, 0, below=2 ** 32), default=0,
         help="images the split keeps; 0: LDAM-DRW's")
+    add("--columns", metavar="FILE,LABEL",
+        help="of a table: the column of file names and that of labels, or those of 0 and 1")
+    add("--group", metavar="COLUMN",
+        help="of a table: images of one patient, say, are drawn into one part")
+    add("--skip-missing", action="store_true", help="leave out listed images that are not there")
     add("--size", type=number(int, 8),
         help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
 
@@ -1898,7 +2117,9 @@ def load_from_flags(args):
         args.imb_type,
         args.size,
         args.lists,
-        check=not getattr(args, "resume", False),  # find_checkpoint knows which images it needs
+        args.columns,
+        args.group,
+        args.skip_missing,
     )
     groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
     most = data.counts.max()
@@ -1926,19 +2147,104 @@ def add_system_arguments(parser):
     add("--out", help="folder of the run (default runs/NAME)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
 
+def start(args):
+    """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
+    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device."""
+    device = find_device(args.device)
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # the others wait while process 0 looks at half a million photographs on a slow disk
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+        if RANK:
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
+    return device
+
+def device_name(device):
+    """What result.json calls a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+def note_part(report, device):
+    """Add to report["parts"] what the run computes with from here on, if that is new, and print
+    what has changed."""
+    part = {"torch": str(torch.__version__), "device": device_name(device), "git": commit()}
+    last = report["parts"][-1] if report["parts"] else {}
+    changed = [f"{key} was {last[key]}, is {part[key]}" for key in part
+               if last and last[key] != part[key]]
+    if changed:
+        print(f"note: the run goes on otherwise than it began: {'; '.join(changed)}")
+    if changed or not last:
+        report["parts"].append({"from epoch": len(report["log"]) + 1} | part)
+
+def commit():
+    """The commit of these files, with a + if they were changed since; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+def stop_unless_finite(loss, model, where, flags="--lr"):
+    """Raise NotFinite, before anything is saved, when the loss or a weight is NaN or infinite."""
+    values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
+    if not torch.stack([loss, *values]).isfinite().all():
+        raise NotFinite(f"the loss became {loss.item()} or a weight infinite in {where}; the last "
+                        f"checkpoint is kept: lower {flags} and start again, or look at the data")
+
+def run_name(method, args):
+    """The default --out."""
+    imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
+    arch = args.arch.replace(":", "_")
+    paper = "_paper" * (args.recipe == "paper")
+    return f"runs/{method}_{Path(args.dataset).resolve().stem}{imb}_{arch}{paper}_seed{args.seed}"
+
+MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists", "weights",
+                        "views", "workers", "compile"}
+
+def find_checkpoint(args, data):
+    """The checkpoint in --out of the run to resume, else {}. Raises InputError, also for one of a
+    run on other data or with other flags."""
+    inside = Path(args.out).resolve().is_relative_to(Path(args.dataset).resolve())
+    if inside and on_disk(data.train.images):
+        raise InputError(f"--out {args.out}: lies among the photographs of --dataset "
+                         f"{args.dataset}, where it would become a class; give another")
+    last = Path(args.out) / "last.pt"
+    if not args.resume:
+        if list(last.parent.glob("last.pt*")):
+            raise InputError(f"--out {args.out} holds a run: add --resume to go on with it, or "
+                             "give another folder")
+        return {}
+    resumed = read_checkpoint(last)
+    if not resumed:
+        print(f"nothing to resume in {args.out}: starting from the beginning")
+        return {}
+    if not {"args", "data", "report"} <= resumed.keys():
+        raise InputError(f"{last} is not a checkpoint of this script; give another --out")
+    check_same_data(data, resumed["data"], args.out)
+    saved = resumed["args"]
+    now = vars(args)
+    for key in sorted((saved | now).keys() - MAY_CHANGE_ON_RESUME):
+        if saved.get(key) != now.get(key):
+            raise InputError(f"{args.out} is of another run: --{key.replace('_', '-')} was "
+                             f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
+                             "another --out")
+    return resumed
+
 def show_split(data):
-    """Print a table of images by class group, and a histogram of training images per class."""
+    """Print a table of images by class group."""
     rows = {}
     for name, classes in data.groups.items():
         rows[name] = {"classes": len(classes)}
         for part in PARTS:
             per_class = class_counts(getattr(data, part).labels, data.num_classes)
             rows[name][part] = int(per_class[classes].sum())
-    print(table("group", rows, ("classes", "train", "val", "test"), ",d"))
-    descending = np.sort(data.counts)[::-1]
-    for part in np.array_split(descending, min(20, data.num_classes)):
-        length = 60 * part.mean() / data.counts.max()
-        print(f"{part.mean():8.0f} {'#' * max(1, round(length))}")
+    print(table("group", rows, ("classes", *PARTS), ",d"))
 
 def main():
     """Show a split; freeze it with --pack."""
@@ -1957,9 +2263,11 @@ def main():
         pack(data, args.pack, args.size or 256, args.workers)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")
 
+OUT_OF_MEMORY = "out of memory|DefaultCPUAllocator|can't allocate memory"
+
 def run_script(main):
-    """Call main() as a script: bad input is one line on stderr and exit code 2, Ctrl-C or SIGTERM
-    one line and 130."""
+    """Call main() as a script: bad input is one line on stderr and exit code 2, what is not finite
+    one line and 3, Ctrl-C or SIGTERM one line and 130."""
     process = f" in process {RANK}" if RANK else ""
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
@@ -1969,7 +2277,12 @@ def run_script(main):
     except InputError as error:
         print(f"error{process}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError):
+    except NotFinite as error:
+        print(f"error{process}: {error}", file=sys.stderr)
+        sys.exit(3)
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no type of its own
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
         print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch (and "
               "another --out) or, where the training has ended, --resume --device cpu",
               file=sys.stderr)

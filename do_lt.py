@@ -20,31 +20,28 @@ they train on in every stage, and each stage keeps a copy for its sub-model.
 """
 import json
 import math
-import os
 import shlex
-import subprocess
-import sys
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from scipy.optimize import minimize
 from torch.optim.swa_utils import update_bn
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser, check_photographs, either,
-                     find_device, fingerprint, group_means, load_from_flags, number, on_disk,
-                     read_checkpoint, reading, recipe_name, restore_images, run_script, seed_from,
-                     several, show_table, show_worst_classes, top_1, write_csv, write_file)
-from models import (PRUNED, Classifier, Network, add_owner_masks, build_model,
-                    classifier_content, clock, keep_stage_rest, network_stats, owned_layers,
-                    plain_state, precision_rates, submodel_state, synchronized, weight_layers)
+                     add_system_arguments, all_sum, answers, argument_parser, find_checkpoint,
+                     class_groups, commit, device_name, either, fingerprint, group_means,
+                     load_from_flags, note_part, number, reading,
+                     run_script, run_name, seed_from, several, show_progress, start, stop_unless_finite,
+                     table, top_1, write_csv, write_file)
+from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, choose_precision,
+                    classifier_content, clock, keep_stage_rest, memory_format, network_stats,
+                    owned_layers, plain_state, say_share, submodel_state, synchronized)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -114,7 +111,7 @@ RECIPES = {
 STAGES = ("many", "medium", "medium-top", "medium-low", "few")
 
 def parse_args(argv=None):
-    """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
+    """The flags, None where `settle` takes them from RECIPES. Raises InputError."""
     parser = argument_parser("Decoupled Optimisation (DO) for long-tailed recognition")
     add_data_arguments(parser)
     share = number(above=0, below=1)
@@ -164,11 +161,41 @@ def parse_args(argv=None):
         help="the mixture that is reported, the paper's: instance (model.pt has the product)")
 
     add_system_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+def recipe(args, name):
+    """{flag: value} from RECIPES for a dataset's recipe, for what was not given.
+
+    Where --order asks for more stages than the recipe has values for, the lists of values per
+    stage come from "default".
+    """
+    default = RECIPES["default"]
+    chosen = default | RECIPES.get(name, {})
+    published = {}
+    if args.recipe == "paper":
+        published = RECIPES["paper"]
+        if chosen["arch"] in ("resnet50", "resnet152"):
+            published = published | RECIPES["paper, photographs"]
+        if name == "cifar100" and args.imb == 50:
+            published = published | RECIPES["paper, cifar100 at ratio 50"]
+    order = args.order or published.get("order") or chosen["order"]
+    if order.count(",") >= len(chosen["epochs"]):
+        chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
+    return chosen | published | {"order": order}
+
+def settle(args, data):
+    """Fill in what was not given from the recipe, and fit the flags to the data; after this
+    nothing changes them.
+
+    A stage without classes is left out, with its epochs, rate and gamma, except a first "many",
+    which then serves all classes. Raises InputError for values out of range.
+    """
+    if data.multi_label:
+        raise InputError(f"--dataset {args.dataset} has several labels per image, which DO is not "
+                         "for; take more_lt.py")
     given = {key for key, value in vars(args).items() if value is not None}
-    parser.set_defaults(**recipe(args))
-    args = parser.parse_args(argv)  # again, now with the recipe's values
-    args.order = args.order.split(",")
+    vars(args).update({k: v for k, v in recipe(args, data.recipe).items() if k not in given})
+    args.order = args.order.split(",") if isinstance(args.order, str) else args.order
     both = "medium" in args.order and {"medium-top", "medium-low"} & set(args.order)
     if set(args.order) - set(STAGES) or len(set(args.order)) != len(args.order) or both:
         raise InputError(f"--order {','.join(args.order)}: name each stage once, of "
@@ -185,35 +212,7 @@ def parse_args(argv=None):
     if args.epochs[0] == 0 and not args.weights:
         raise InputError("--epochs 0: stage 1 was trained elsewhere; give that run's stage1.pt as "
                          "--weights")
-    return args
-
-def recipe(args):
-    """{flag: value} from RECIPES, for what was not given.
-
-    Where --order asks for more stages than the dataset's recipe has values for, the lists of
-    values per stage come from "default".
-    """
-    name = recipe_name(args.dataset)
-    default = RECIPES["default"]
-    chosen = default | RECIPES.get(name, {})
-    published = {}
-    if args.recipe == "paper":
-        published = RECIPES["paper"]
-        if chosen["arch"] in ("resnet50", "resnet152"):
-            published = published | RECIPES["paper, photographs"]
-        if name == "cifar100" and args.imb == 50:
-            published = published | RECIPES["paper, cifar100 at ratio 50"]
-    order = args.order or published.get("order") or chosen["order"]
-    if order.count(",") >= len(chosen["epochs"]):
-        chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
-    return chosen | published | {"order": order}
-
-def settle(args, data):
-    """Fit the flags to the data; after this nothing changes them.
-
-    A stage without classes is left out, with its epochs, rate and gamma, except a first "many",
-    which then serves all classes. Raises InputError.
-    """
+    args.out = args.out or run_name("do", args)
     kept = []
     for name, *values in zip(args.order, args.epochs, args.lr, [*args.gamma, None]):
         if len(stage_classes(data.counts, name)) or (name == "many" and not kept):
@@ -240,17 +239,14 @@ def settle(args, data):
 # -------------------------------------------- Collaborative Parameter Optimisation (CPO), Eq. 1-3
 
 def stage_classes(counts, stage):
-    """Class indices of a stage's group: many > 100, medium 20..100, few < 20 training images.
-    medium-top and medium-low split medium at 50 (Table 6). counts: (K,)."""
-    low, high = {
-        "many": (101, np.inf),
-        "medium": (20, 100),
-        "medium-top": (50, 100),
-        "medium-low": (20, 49),
-        "few": (0, 19),
-    }[stage]
-    counts = np.asarray(counts)
-    return np.flatnonzero((counts >= low) & (counts <= high))
+    """Class indices of a stage's group, as data_lt.class_groups has them; medium-top and
+    medium-low split medium at 50 images (Table 6). counts: (K,)."""
+    name, _, half = stage.partition("-")
+    classes = class_groups(counts)[name]
+    if half:
+        top = np.asarray(counts)[classes] >= 50
+        classes = classes[top if half == "top" else ~top]
+    return classes
 
 def stage_class_probs(counts, stage, rho, few="balanced"):
     """Eq. 1: P(class drawn) in a stage, float array (K,), sums to 1.
@@ -400,7 +396,7 @@ def cpo(network, t, stage, loader, run):
         row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
         row["val"] = None
         if epoch % 10 == 9 or epoch + 1 == stage.epochs:
-            row["val"] = top_1(loader.predict(network, "val")[0], data.val, data)["all"]
+            row["val"] = top_1(loader.answers(network, "val"), data.val, data)["all"]
         run.log(row, images, seconds, images * sum(args.epochs))
         run.save(model, optimizer, stage=t, epoch=epoch + 1, rest=model.stage_rest)
     if t == 1:
@@ -538,7 +534,7 @@ def sweep_gamma(network, t, stage, loader, run):
     for i, ratio in enumerate(ratios):
         if i > 0:
             prune(network, ratios[i - 1], ratio, t, stage, draws[i * n : (i + 1) * n], loader, args)
-        per_class = top_1(loader.predict(network, "val")[0], data.val, data)["per_class"]
+        per_class = top_1(loader.answers(network, "val"), data.val, data)["per_class"]
         known = [per_class[c] for c in stage.classes if per_class[c] is not None]
         curve.append((ratio, float(np.mean(known))))
         states.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -563,9 +559,9 @@ def fresh_values(model, scale, generator):
 def restart_free(model, values):
     """Pruned weights become free and start from `values`, one tensor per owned layer."""
     with torch.no_grad():
-        for layer, start in zip(owned_layers(model).values(), values):
+        for layer, fresh in zip(owned_layers(model).values(), values):
             pruned = layer.weight_owner == PRUNED
-            layer.weight.copy_(torch.where(pruned, start, layer.weight))
+            layer.weight.copy_(torch.where(pruned, fresh, layer.weight))
             layer.weight_owner[pruned] = 0
 
 def tpd(network, t, stage, loader, run):
@@ -642,18 +638,11 @@ def instance_weights(p1, p2):
     best = [agreement(a.double(), b.double(), lattice).argmax(1) for a, b in parts]
     return lattice[torch.cat(best)].float()
 
-def group_weights(p1, p2):
-    """The one lambda for the whole test set, (T,), with the best mean agreement; see
-    instance_weights."""
-    lattice = simplex_lattice(len(p1)).to(p1.device)
-    parts = zip(p1.split(4096, 1), p2.split(4096, 1))
-    total = sum(agreement(a.double(), b.double(), lattice).sum(0) for a, b in parts)
-    return lattice[total.argmax()].float()
-
 def product_bias(b, d, counts):
     """b log N_c + d [c is medium], (K,). counts: (K,) tensor."""
+    medium = torch.zeros(len(counts), dtype=b.dtype, device=b.device)
+    medium[class_groups(counts)["medium"]] = 1
     counts = torch.as_tensor(counts, dtype=b.dtype, device=b.device)
-    medium = (counts >= 20) & (counts <= 100)
     return b * counts.log() + d * medium
 
 def product_of_experts(logp, weights, counts):
@@ -666,30 +655,66 @@ def product_of_experts(logp, weights, counts):
     *a, b, d = weights
     return torch.tensordot(torch.stack(a), logp, 1) + product_bias(b, d, counts)
 
-def fit_product(logp, labels, counts):
-    """Weights of product_of_experts, float (T + 2,), with the least log loss on held-out images,
-    each class weighing alike. Not in the paper.
+def product_losses(weights, logp, labels, counts):
+    """The log loss of product_of_experts on each image, (N,)."""
+    return F.cross_entropy(product_of_experts(logp, weights, counts), labels, reduction="none")
+
+def class_shares(labels):
+    """Weights of images that make each class weigh alike and sum to 1, (N,)."""
+    share = 1 / torch.bincount(labels)[labels].float()
+    return share / share.sum()
+
+def fit_weights(logp, labels, counts, start, pull):
+    """Weights of product_of_experts, float (T + 2,), with the least log loss, each class weighing
+    alike; a_t >= 0, and drawn towards `start` as if by `pull` images per class. logp: T x N x K;
+    labels: int tensor (N,)."""
+    share = class_shares(labels)
+    pull = pull * len(labels.unique()) / len(labels)
+
+    def loss(values):
+        """The loss and its gradient at float64 (T + 2,)."""
+        weights = torch.tensor(values, dtype=torch.float32, device=logp.device, requires_grad=True)
+        fit = (share * product_losses(weights, logp, labels, counts)).sum()
+        total = fit + pull * (weights - start).square().sum()
+        total.backward()
+        return total.item(), weights.grad.double().cpu().numpy()
+
+    bounds = [(0, None)] * len(logp) + [(None, None)] * 2
+    found = minimize(loss, start.cpu().numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
+    return torch.tensor(found.x, dtype=torch.float32, device=logp.device)
+
+def fit_product(logp, labels, counts, start, pulls=(1, 8), folds=5):
+    """Weights of product_of_experts from validation images, float (T + 2,); `start`, the equal
+    ones, where the images do not settle others. Not in the paper.
 
     They calibrate the sub-models (Guo et al., ICML 2017) and take off their priors (Menon et al.,
-    ICLR 2021). logp: T x N x K; labels: int (N,); counts: (K,) tensor.
+    ICLR 2021). How strongly `start` draws them is what gives the least log loss on each fifth of
+    the images with weights from the others; they are kept if they also classify more of these
+    images right than `start` does, by more than the standard error. logp: T x N x K; labels: int
+    (N,); counts: (K,).
     """
     logp = logp.float()
     labels = torch.as_tensor(labels, device=logp.device)
-    rare = 1 / torch.bincount(labels, minlength=len(counts)).clamp_min(1)[labels].float()
-    start = [1 / len(logp)] * len(logp) + [0.0, 0.0]
-    weights = torch.tensor(start, device=logp.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        """The loss with its gradient, as LBFGS asks for it."""
-        optimizer.zero_grad()
-        logits = product_of_experts(logp, weights, counts)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        loss = (rare * losses).sum() / rare.sum()
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    return weights.detach()
+    share = class_shares(labels)
+    order = labels.argsort(stable=True)
+    fold = torch.empty_like(labels)
+    fold[order] = torch.arange(len(labels), device=logp.device) % folds  # of each class a fifth
+    left_out = {}
+    for pull in pulls:
+        logits = torch.empty_like(logp[0])
+        for k in range(folds):
+            mine = fold == k
+            weights = fit_weights(logp[:, ~mine], labels[~mine], counts, start, pull)
+            logits[mine] = product_of_experts(logp[:, mine], weights, counts)
+        left_out[pull] = logits
+    losses = {pull: (share * F.cross_entropy(logits, labels, reduction="none")).sum().item()
+              for pull, logits in left_out.items()}
+    pull = min(losses, key=losses.get)
+    before = product_of_experts(logp, start, counts).argmax(1) == labels
+    gain = (left_out[pull].argmax(1) == labels).float() - before.float()
+    mean = (share * gain).sum()
+    error = (share * (gain - mean)).square().sum().sqrt()
+    return fit_weights(logp, labels, counts, start, pull) if mean > error else start
 
 def enough_to_fit(labels, stages, num_classes):
     """Whether each stage's group has at least 5 validation images in at least half of its
@@ -701,130 +726,166 @@ def record(network, label, loader, run):
     """Accuracy on clean images as the stages pass, for the paper's Table 7."""
     data = loader.data
     entry = {
-        "acc": top_1(loader.predict(network, "test")[0], data.test, data),
-        "val": top_1(loader.predict(network, "val")[0], data.val, data),
+        "acc": top_1(loader.answers(network, "test"), data.test, data),
+        "val": top_1(loader.answers(network, "val"), data.val, data),
     }
     run.report.setdefault("submodels", {})[label] = entry
     shown = [f"{g} {v:.1f}" for g in (*GROUPS, "all") if (v := entry["acc"][g]) is not None]
     print(f"{label}, test: {', '.join(shown)}", flush=True)
 
-def importance_by_group(network, loader, images):
-    """Mean Taylor importance of a weight to each class group (Fig. 1b): {"many", "medium",
-    "few"}, None for an empty group."""
-    data = loader.data
-    result = {}
-    layers = weight_layers(network)
-    no_margin = torch.zeros(data.num_classes, device=loader.device)
-    for name, classes in data.groups.items():
-        result[name] = None
-        if len(classes):
-            scores = importance(network, layers, classes, no_margin, loader, images)
-            total = sum(float(score.double().sum()) for score in scores)
-            result[name] = total / sum(score.numel() for score in scores)
-    return result
-
 def mean_log(probs):
-    """Mean over the views of the logarithms: T x V x N x K -> T x N x K."""
+    """Mean over the views of the logarithms: T x V x n x K -> T x n x K."""
     return torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
 
-def oracle(probs, labels, stages, num_classes):
-    """Predictions N x K with each image routed to the sub-model of its true group; of a class
-    that no stage covers, uniform. probs: T x N x K; labels: int tensor (N,). A diagnosis."""
-    T = len(probs)
-    route = torch.full((num_classes, T), 1 / T, device=probs.device)
+def oracle_route(stages, num_classes):
+    """The sub-model of each class's group, K x T; of a class that no stage covers, all alike.
+    Predictions routed by the true group are a diagnosis."""
+    T = len(stages)
+    route = torch.full((num_classes, T), 1 / T)
     for t, stage in enumerate(stages):
-        route[stage.classes] = torch.eye(T, device=probs.device)[t]
-    return torch.einsum("tuk,ut->uk", probs, route[labels])
+        route[stage.classes] = torch.eye(T)[t]
+    return route
 
-def aggregate(probs, weights, split, stages, data):
-    """The four mixtures of the sub-models, each alone, and two diagnoses that use labels.
+def mixtures(probs, truth, route, lattice):
+    """What is kept of a batch's predictions, {name: tensor, a row per image}: the answers of the
+    mixtures but the product, of each sub-model and of the oracle, lambda, and what `group_answers`
+    chooses the one lambda of the whole test set by.
 
-    probs: T x V x N x K, view 0 clean; weights: of the product. Probabilities (in the product
-    their logarithms) are averaged over all views; lambda comes from the first two random views.
+    probs: T x V x n x K, view 0 clean; truth: int (n,). Probabilities are averaged over all views;
+    lambda comes from the first two random views.
     """
     mean = probs.mean(1)
     instance = instance_weights(probs[:, 1], probs[:, 2])
-    group = group_weights(probs[:, 1], probs[:, 2])
+    likely = mean.amax(0).topk(min(128, mean.shape[2])).indices.sort(1).values
     mixed = {
-        "instance": torch.einsum("tuk,ut->uk", mean, instance).log(),
-        "group": torch.einsum("tuk,t->uk", mean, group).log(),
-        "mean": mean.mean(0).log(),
-        "product": product_of_experts(mean_log(probs), weights, data.counts),
+        "instance": torch.einsum("tuk,ut->uk", mean, instance),
+        "mean": mean.mean(0),
+        "oracle": torch.einsum("tuk,ut->uk", mean, route[truth]),
     }
-    labels = torch.from_numpy(split.labels).to(probs.device)
-    by_group = {}
-    for name, classes in data.groups.items():
-        chosen = instance[torch.from_numpy(np.isin(split.labels, classes)).to(probs.device)]
-        by_group[name] = chosen.mean(0).tolist() if len(chosen) else None
-    routed = oracle(mean, labels, stages, data.num_classes)
-    one_right = (mean.argmax(2) == labels).any(0).float().mean()
-    return {
-        "product": weights.tolist(),
-        "group_lambda": group.tolist(),
-        "lambda_by_group": by_group,
-        "aggregations": {name: top_1(logp, split, data) for name, logp in mixed.items()},
-        "alone": [top_1(p.log(), split, data) for p in mean],
-        "oracle_by_true_group": top_1(routed.log(), split, data),
-        "at_least_one_right": 100 * one_right.item(),
+    mixed |= {f"alone {t}": p for t, p in enumerate(mean)}
+    return {name: answers(p.log()) for name, p in mixed.items()} | {
+        "lambda": instance,
+        "right": (mean.argmax(2) == truth).any(0).float(),
+        "likely": likely,
+        "likely probs": torch.stack([p.gather(1, likely) for p in mean], 1),  # n x T x m
+        "agreement": agreement(probs[:, 1].double(), probs[:, 2].double(), lattice),
     }
 
-def baselines(test, val, data, fitted, loss):
-    """What DO has to beat, from stage 1's network before TPD: cross-entropy, the same with post-hoc
-    logit adjustment (Menon et al., ICLR 2021: tau 1) and, if the product is fitted, with fitted
-    weights. --loss balanced: balanced softmax. test, val: 1 x V x N x K probabilities."""
+def group_answers(found, lattice):
+    """(the one lambda of the whole test set, (T,), with the best mean agreement; its answers), from
+    what `mixtures` kept: of each image the 128 likeliest classes, or all."""
+    best = lattice[found["agreement"].sum(0).argmax()].float()
+    mixed = torch.einsum("utm,t->um", found["likely probs"], best)
+    confidence, place = mixed.max(1)
+    predicted = found["likely"].gather(1, place[:, None])[:, 0]
+    return best, torch.stack([predicted.double(), confidence.double()], 1)
+
+def validation_fits(networks, stages, loader, args):
+    """Weights of product_of_experts from validation images, {"product": (a_1 .. a_T, b, d), and
+    for stage 1's network before TPD (a, b, d) of what DO has to beat: cross-entropy, the same with
+    post-hoc logit adjustment (Menon et al., ICLR 2021: tau 1) and with fitted weights; --loss
+    balanced: balanced softmax}; and the accuracy of the product on these images.
+
+    networks: stage 1 before TPD, then T sub-models. Without enough images the weights are equal.
+    """
+    data = loader.data
+    T = len(stages)
     kinds = {"ce": [1.0, 0.0, 0.0], "ce_la": [1.0, -1.0, 0.0]}
-    if loss == "balanced":
+    if args.loss == "balanced":
         kinds = {"bsce": [1.0, 0.0, 0.0]}
-    if fitted:
-        first = next(iter(kinds))
-        weights = fit_product(mean_log(val), data.val.labels, data.counts)
-        kinds[f"{first}_fitted"] = weights.tolist()
-    found = {}
-    for name, weights in kinds.items():
-        weights = torch.tensor(weights, device=test.device)
-        logits = product_of_experts(mean_log(test), weights, data.counts)
-        found[name] = top_1(logits, data.test, data)
-    return found
+    if stages[0].name != "many":
+        kinds = {}
+    equal = torch.tensor([1 / T] * T + [0.0, 0.0], device=loader.device)
+    if not len(data.val):
+        return {"product": equal.tolist()} | kinds, None
+
+    def take(logits, rows):
+        """The logarithms."""
+        return {"logp": mean_log(logits.softmax(3)).transpose(0, 1)}
+    found = loader.sweep(networks, "val", take, args.views, args.seed)
+    logp = found["logp"].transpose(0, 1)  # (1 + T) x N x K
+    weights = equal
+    if enough_to_fit(data.val.labels, stages, data.num_classes):
+        weights = fit_product(logp[1:], data.val.labels, data.counts, equal)
+        for name in list(kinds)[:1]:
+            plain = torch.tensor(kinds[name], device=loader.device)
+            fitted = fit_product(logp[:1], data.val.labels, data.counts, plain)
+            kinds[f"{name}_fitted"] = fitted.tolist()
+    logits = product_of_experts(logp[1:], weights, data.counts)
+    return {"product": weights.tolist()} | kinds, top_1(answers(logits), data.val, data)
+
+def aggregate(networks, kinds, stages, loader, args):
+    """What result.json says of the test images, from one sweep over them: the four mixtures, each
+    sub-model alone, the baselines, and two diagnoses that use labels. networks, kinds: see
+    validation_fits."""
+    data = loader.data
+    split = data.test
+    route = oracle_route(stages, data.num_classes).to(loader.device)
+    lattice = simplex_lattice(len(stages)).to(loader.device)
+    labels = torch.from_numpy(split.labels).to(loader.device)
+    weights = {name: torch.tensor(values, device=loader.device) for name, values in kinds.items()}
+
+    def take(logits, rows):
+        """What is kept of a batch."""
+        show_progress("test images predicted", int(rows[-1]) + 1, len(split))
+        probs = logits.softmax(3)
+        logp = mean_log(probs)
+        kept = mixtures(probs[1:], labels[rows], route, lattice)
+        for name, w in weights.items():
+            of = logp[1:] if name == "product" else logp[:1]
+            kept[name] = answers(product_of_experts(of, w, data.counts))
+        return kept
+    found = loader.sweep(networks, "test", take, args.views, args.seed)
+    group, found["group"] = group_answers(found, lattice)
+    by_group = {}
+    for name, classes in data.groups.items():
+        chosen = found["lambda"][torch.from_numpy(np.isin(split.labels, classes)).to(group.device)]
+        by_group[name] = chosen.mean(0).tolist() if len(chosen) else None
+    alone = [f"alone {t}" for t in range(len(stages))]
+    names = ["instance", "group", "mean", "oracle", *kinds, *alone]
+    accuracy = {name: top_1(found[name], split, data) for name in names}
+    return {
+        "product": kinds["product"],
+        "group_lambda": group.tolist(),
+        "lambda_by_group": by_group,
+        "aggregations": {name: accuracy[name] for name in ("instance", "group", "mean", "product")},
+        "alone": [accuracy[name] for name in alone],
+        "bar": {name: accuracy[name] for name in kinds if name != "product"},
+        "oracle_by_true_group": accuracy["oracle"],
+        "at_least_one_right": 100 * found["right"].mean().item(),
+    }
 
 def test_time(model, stages, loader, run):
     """All sub-models on validation and test images, then mixed. Adds to run.report; returns what
-    model.pt predicts with: (plain state dicts, product's weights, its bias by class)."""
+    model.pt predicts with: (plain state dicts, product's weights, its bias by class). What is done
+    is kept in the checkpoint."""
     args = run.args
     data = loader.data
     report = run.report
     T = len(stages)
     with reading(run.folder / "stage1.pt", "copy it from where the run was begun"):
         first = torch.load(run.folder / "stage1.pt", map_location="cpu", weights_only=True)
-    states = {"stage 1 before TPD": first}
-    states |= {f"sub-model {t}": submodel_state(model, t) for t in range(1, T + 1)}
-    views = {"val": [], "test": []}
-    report["importance_by_group"] = {}
-    began = clock(loader.device)
-    for name, state in states.items():
+    states = [submodel_state(model, t) for t in range(1, T + 1)]
+    networks = []
+    for state in (first, *states):  # the first: stage 1 before TPD
         plain = build_model(args.arch, data.num_classes, size=data.size)
         plain.load_state_dict(state)
-        plain.to(loader.device, memory_format=torch.channels_last)
-        network = Network(plain, run.report["precision"])
-        for part, found in views.items():
-            found.append(loader.predict(network, part, args.views, args.seed).softmax(2))
-        images = args.importance_images
-        report["importance_by_group"][name] = importance_by_group(network, loader, images)
-    val = torch.stack(views.pop("val"))  # (1 + T) x V x N x K
-    test = torch.stack(views.pop("test"))  # popped: on large data a second copy takes gigabytes
-
-    weights = torch.tensor([1 / T] * T + [0.0, 0.0], device=loader.device)
-    report["fitted"] = enough_to_fit(data.val.labels, stages, data.num_classes)
-    if report["fitted"]:
-        weights = fit_product(mean_log(val[1:]), data.val.labels, data.counts)
-    report["val"] = aggregate(val[1:], weights, data.val, stages, data) if len(data.val) else None
-    report["test"] = aggregate(test[1:], weights, data.test, stages, data)
-    report |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group")}
-    report["bar"] = {}
-    if stages[0].name == "many":
-        report["bar"] = baselines(test[:1], val[:1], data, report["fitted"], args.loss)
+        plain.to(loader.device, memory_format=memory_format(plain, loader.device))
+        networks.append(Network(plain, report["precision"]))
+    began = clock(loader.device)
+    if report.get("views") != args.views:
+        fits = validation_fits(networks, stages, loader, args)
+        report |= {"views": args.views, "kinds": fits[0], "val": fits[1], "test": None}
+        run.save(model, stage=T + 1, epoch=0, rest=model.stage_rest)
+    if not report["test"]:
+        report["test"] = aggregate(networks, report["kinds"], stages, loader, args)
+        run.save(model, stage=T + 1, epoch=0, rest=model.stage_rest)
+    report |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group", "bar")}
+    weights = torch.tensor(report["kinds"]["product"], device=loader.device)
+    report["fitted"] = bool((weights[:T] != 1 / T).any())
     report["eval_seconds"] = clock(loader.device) - began
     bias = product_bias(weights[T], weights[T + 1], data.counts)
-    return list(states.values())[1:], weights[:T], bias
+    return states, weights[:T], bias
 
 # ----------------------------------------------------------------------------------------- report
 
@@ -832,23 +893,7 @@ def show_report(report, run):
     """The tables and figures of the paper, from this run."""
     test = report["test"]
     stages = {label: entry["acc"] for label, entry in report["submodels"].items()}
-    show_table(run.folder, "stages", "Clean test images (Table 7)", stages)
-    rows = {}
-    for t in range(len(test["alone"])):
-        lam = test["lambda_by_group"]
-        rows[f"sub-model {t + 1}"] = {g: lam[g] and lam[g][t] for g in GROUPS}
-    title = "Mean lambda of the instance weights (Table 9)"
-    show_table(run.folder, "lambda_by_group", title, rows, GROUPS, ".2f")
-    title = "Mean Taylor importance of a weight (Fig. 1b)"
-    rows = report["importance_by_group"]
-    show_table(run.folder, "importance_by_group", title, rows, GROUPS, ".1e")
-    if "pruning_curve" in report:
-        rows = {}
-        for name, curve in report["pruning_curve"].items():
-            rows[f"{name} classes"] = {f"{g:.0%}": accuracy for g, accuracy in curve}
-        ratios = [f"{10 * g}%" for g in range(10)]
-        title = "Validation accuracy by ratio pruned (Fig. 4)"
-        show_table(run.folder, "pruning_curve", title, rows, ratios)
+    print("\n" + table("Clean test images (Table 7)", stages))
     names = {
         "ce": "cross-entropy (stage 1)",
         "ce_la": "  + logit adjustment",
@@ -861,7 +906,7 @@ def show_report(report, run):
     rows |= {f"DO, {name}": accuracy for name, accuracy in test["aggregations"].items()}
     rows["oracle: routed by the true group"] = test["oracle_by_true_group"]
     rows["model.pt: the product, clean images alone"] = report["clean"]
-    show_table(run.folder, "accuracy_by_group", "Mean over the clean image and its views", rows)
+    print("\n" + table("Mean over the clean image and its views", rows))
     fitted = "fitted on validation images" if report["fitted"] else "not fitted"
     print(
         f"some sub-model is right: {test['at_least_one_right']:.1f} % of the images; weights of "
@@ -873,12 +918,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = start(args)
     data = load_from_flags(args)
-    if data.multi_label:
-        raise InputError(f"--dataset {args.dataset} has several labels per image, which DO is not "
-                         "for; take more_lt.py")
-    args.out = args.out or run_name("do", args)
-    resumed = find_checkpoint(args, data)
     settle(args, data)
+    resumed = find_checkpoint(args, data)
     run = Run(args, data, resumed)
     stages = make_stages(args, data, device)
     if not enough_to_fit(data.val.labels, stages, data.num_classes):
@@ -889,7 +930,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     start_from = not resumed and (args.weights or args.pretrained)
     model = build_model(args.arch, data.num_classes, start_from, data.size)
+    if args.epochs[0] == 0 and not resumed and not model.complete:
+        raise InputError(f"--weights {args.weights}: has no last layer for these classes, and with "
+                         "--epochs 0 stage 1 is not trained; give that run's stage1.pt")
     add_owner_masks(model, args.prune_classifier)
+    say_share(model, owned_layers(model).values(), "can belong to a stage")
     model.stage_rest = resumed.get("rest", {})
     with run:
         network = prepare(model, loader, run)
@@ -902,36 +947,11 @@ def main(argv=None):
         report = run.report
         saved = classifier_content(args.arch, loader, states, weights, bias)
         classifier = Classifier(saved).to(device)
-        logits = loader.predict(classifier.experts, "test")[0]
-        report["clean"] = top_1(logits, data.test, data)
+        report["clean"] = top_1(loader.answers(classifier.experts, "test"), data.test, data)
         show_report(report, run)
-        show_worst_classes(logits, data)
         return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
-
-def start(args):
-    """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
-    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device."""
-    device = find_device(args.device)
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    torch.set_flush_denormal(True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # the others wait while process 0 looks at half a million photographs on a slow disk
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
-        if RANK:
-            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
-    return device
-
-def run_name(method, args):
-    """The default --out."""
-    imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
-    arch = args.arch.replace(":", "_")
-    paper = "_paper" * (args.recipe == "paper")
-    return f"runs/{method}_{Path(args.dataset).resolve().stem}{imb}_{arch}{paper}_seed{args.seed}"
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is
@@ -939,15 +959,12 @@ def prepare(model, loader, run):
     args = run.args
     device = loader.device
     report = run.report
+    note_part(report, device)
     if WORLD > 1 and device.type == "cuda":
         model = synchronized(model, args.arch)
-    model.to(device, memory_format=torch.channels_last)
-    if args.precision != "auto":
-        report["precision"] = args.precision
-    elif "precision" not in report:
-        fp32, bf16 = all_sum(precision_rates(model, loader.data.size, device)).tolist()
-        report["precision"] = "bf16" if bf16 > fp32 else "fp32"
-        print(f"forward and backward: fp32 {fp32:,.0f}, bf16 {bf16:,.0f} images/s")
+    model.to(device, memory_format=memory_format(model, device))
+    if "precision" not in report:
+        report["precision"] = choose_precision(args.precision, device)
     if run.resumed:
         with reading(run.folder / "last.pt", "delete it and start again"):
             model.load_state_dict(run.resumed["model"])
@@ -979,49 +996,13 @@ def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
     return (peak * shape * rise).tolist()
 
-def stop_unless_finite(loss, model, where, flags="--lr"):
-    """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
-    values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
-    if not torch.stack([loss, *values]).isfinite().all():
-        if RANK == 0:
-            print(
-                f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
-                f"checkpoint is kept: lower {flags} and start again, or look at the data",
-                file=sys.stderr,
-            )
-        sys.exit(3)
-
-def find_checkpoint(args, data):
-    """The checkpoint in --out of the run to resume, else {}; the data get its images."""
-    inside = Path(args.out).resolve().is_relative_to(Path(args.dataset).resolve())
-    if inside and on_disk(data.train.images):
-        raise InputError(f"--out {args.out}: lies among the photographs of --dataset "
-                         f"{args.dataset}, where its figures would become a class; give another")
-    last = Path(args.out) / "last.pt"
-    if not args.resume:
-        if list(last.parent.glob("last.pt*")):
-            raise InputError(f"--out {args.out} holds a run: add --resume to go on with it, or "
-                             "give another folder")
-        return {}
-    resumed = read_checkpoint(last)
-    if not resumed:
-        print(f"nothing to resume in {args.out}: starting from the beginning")
-    elif not {"args", "data", "report"} <= resumed.keys():
-        raise InputError(f"{last} is not a checkpoint of this script; give another --out")
-    else:
-        restore_images(data, resumed["data"], args.out)
-    check_photographs(data)
-    return resumed
-
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
 
-    `with run:` makes the folder and holds its lock. Raises InputError for a checkpoint of another
-    run, and for a folder that cannot be made or that another run writes into.
+    `with run:` makes the folder and holds its lock. Raises InputError for a folder that cannot be
+    made or that another run writes into.
     """
-    MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
-                            "weights", "views", "workers", "compile"}
 
     def __init__(self, args, data, resumed):
         self.args = args
@@ -1029,19 +1010,8 @@ class Run:
         self.resumed = resumed
         self.headed = False  # whether the log has shown its columns
         self.data = resumed.get("data") or fingerprint(data)
-        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0}
-        if resumed:
-            self.check()
-
-    def check(self):
-        """Raise InputError when the checkpoint is of a run with other flags."""
-        saved = self.resumed["args"]
-        now = vars(self.args)
-        for key in sorted(saved | now):
-            if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key):
-                raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
-                                 f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
-                                 "another --out")
+        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0,
+                                                "parts": []}
 
     def __enter__(self):
         try:
@@ -1090,9 +1060,6 @@ def finish(run, method, chosen, saved, loader):
     args = run.args
     report = run.report
     folder = run.folder
-    device = f"cpu, {torch.get_num_threads()} threads"
-    if loader.device.type == "cuda":
-        device = torch.cuda.get_device_name()
     result = {
         "method": method,
         "metric": "mAP" if loader.data.multi_label else "top-1",
@@ -1102,7 +1069,7 @@ def finish(run, method, chosen, saved, loader):
         "class_names": run.data["class_names"],
         "counts": run.data["counts"],
         "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
-        "device": device,
+        "device": device_name(loader.device),
         "torch": torch.__version__,
         "git": commit(),
         "args": vars(args),
@@ -1116,15 +1083,6 @@ def finish(run, method, chosen, saved, loader):
     command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
     print(f"\nresult: {folder}/result.json; label photographs with: {command}")
     return result
-
-def commit():
-    """The commit of these files, with a + if they were changed since; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 if __name__ == "__main__":
     run_script(main)

@@ -8,12 +8,10 @@
 
     python models.py runs/NAME/model.pt PHOTO_OR_FOLDER ...    label photographs with it
 """
-import copy
-import socket
+import pickle
+import re
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -25,8 +23,8 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (IMAGE_SUFFIXES, WORKERS, InputError, argument_parser, centre_view, decode,
-                     find_device, image_files, normalize, reading, run_script, say_skipped,
+from data_lt import (IMAGE_SUFFIXES, WORKERS, InputError, argument_parser, centre_view,
+                     find_device, image_files, normalize, reading, run_script, say_skipped, why,
                      write_csv)
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -92,19 +90,23 @@ def build_model(arch, num_classes, pretrained=False, size=None):
     else:
         model = torchvision_model(arch, num_classes=num_classes)
     if pretrained and not download:
-        load_weights(model, pretrained)
+        model.complete = load_weights(model, pretrained)
     if size:
-        check_takes(model, arch, size)
+        check_takes(model, arch, size, num_classes)
     return model
 
-def check_takes(model, arch, size):
-    """Raise InputError unless the network takes images of `size` (H, W)."""
+def check_takes(model, arch, size, num_classes):
+    """Raise InputError unless the network takes images of `size` (H, W) and gives n x K logits."""
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, *size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"--arch {arch} cannot take images of {size[0]} pixels "
-                         f"({str(error).splitlines()[0]}); give another --arch or --size") from None
+            logits = model.eval()(torch.zeros(2, 3, *size))
+    except Exception as error:  # networks refuse a size in a dozen ways
+        raise InputError(f"--arch {arch} cannot take images of {size[0]} pixels ({why(error)}); "
+                         "give another --arch or --size") from None
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (2, num_classes):
+        raise InputError(f"--arch {arch} answers with {shape} instead of {num_classes} logits per "
+                         "image; give a classifier")
     model.train()
 
 def torchvision_model(arch, **options):
@@ -123,7 +125,7 @@ def torchvision_pretrained(arch, num_classes):
     torchvision_model(arch)
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     remedy = f"put it into {torch.hub.get_dir()}/checkpoints, give --weights FILE or --pretrained 0"
-    with reading(f"--pretrained: {url}", remedy), patience():
+    with reading(f"--pretrained: {url}", remedy):
         model = torchvision_model(arch, weights="DEFAULT")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
@@ -134,33 +136,10 @@ def timm_model(arch, num_classes, pretrained=False, size=None):
     name = arch.removeprefix("timm:")
     options = {"num_classes": num_classes, "pretrained": pretrained}
     remedy = "take one of timm.list_models(), and --weights FILE where there is no network"
-    with reading(f"--arch {arch}", remedy), patience():
+    with reading(f"--arch {arch}", remedy):
         if size and timm.get_pretrained_cfg(name).fixed_input_size:
             options["img_size"] = size
-        if pretrained and not answers("https://huggingface.co"):  # where timm's weights are
-            import huggingface_hub
-            huggingface_hub.constants.HF_HUB_OFFLINE = True  # what is in its cache, or none
         return timm.create_model(name, **options)
-
-@contextmanager
-def patience(seconds=20):
-    """Within it a connection that does not answer for so long is an error."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-def answers(url):
-    """Whether a web server answers."""
-    try:
-        urllib.request.urlopen(url).close()
-    except urllib.error.HTTPError:  # it does, if with an error
-        return True
-    except OSError:
-        return False
-    return True
 
 def import_timm(arch):
     """The module timm. Raises InputError when it is not installed."""
@@ -182,33 +161,181 @@ def network_stats(arch):
     for others, which take what data_lt.channel_stats finds."""
     if not arch.startswith("timm:"):
         return None
-    config = import_timm(arch).get_pretrained_cfg(arch.removeprefix("timm:"))
-    if config is None:
-        raise InputError(f"--arch {arch}: unknown; take one of timm.list_models()")
+    timm = import_timm(arch)
+    with reading(f"--arch {arch}", "take one of timm.list_models()"):
+        config = timm.get_pretrained_cfg(arch.removeprefix("timm:"), allow_unregistered=False)
     return 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
 
+class Ignored:
+    """Stands for what a weight file holds beside tensors, so that none of that is made."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+IGNORED = ("argparse.Namespace types.SimpleNamespace pathlib.PosixPath pathlib.PurePosixPath "
+           "pathlib.WindowsPath pathlib._local.PosixPath datetime.datetime datetime.timedelta "
+           "numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar "
+           "numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct "
+           "builtins.list builtins.dict builtins.int builtins.float builtins.set").split()
+
+def read_weights(path):
+    """{name: tensor} of a weight file: the names are the keys of all dicts and lists in it, with
+    dots between. Safetensors are known by their content. Raises InputError."""
+    with reading(path, "give what torch.save or safetensors wrote"):
+        with open(path, "rb") as file:
+            safe = file.read(9)[8:] == b"{"
+        if safe:
+            with reading(path, "pip install safetensors"):
+                from safetensors.torch import load_file
+            return load_file(path)
+        stands_in = [(Ignored, name) for name in IGNORED]
+        stands_in.append((lambda *args: {}, "collections.defaultdict"))
+        try:
+            with torch.serialization.safe_globals(stands_in):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)|class '([^']+)", str(error))
+            if not found:
+                raise
+            raise InputError(
+                f"{path}: holds {found[1] or found[2]}, and loading that may run code; if you trust "
+                f"the file, keep its tensors alone: state = torch.load({str(path)!r}, "
+                "weights_only=False)['state_dict']; torch.save(state, 'weights.pt')") from None
+    return dict(tensors_in(content))
+
+def tensors_in(content, name=""):
+    """Yield (name, tensor) of a nest of dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        yield name.removesuffix("."), content
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content))
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from tensors_in(value, f"{name}{key}.")
+
+# Of several networks in one file the first of these is taken, the average of a training before all.
+PREFERRED = ("ema", "averaged", "teacher", "encoder_q", "base_encoder", "query", "online")
+COUNTERS = ("num_batches_tracked", "total_ops", "total_params")  # in BatchNorm, and of a profiler
+
 def load_weights(model, path):
-    """Load a state dict (plain, under "state_dict" or "model", or a model.pt's) into the model,
-    all but a last layer of another shape. Raises InputError for a file that does not fit."""
-    with reading(f"--weights {path}", "give what torch.save wrote of this network"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model"):
-            state = state.get(key, state)
-        networks = state.get("networks", [state])  # a model.pt has some
-        if len(networks) > 1:
-            raise InputError(f"--weights {path}: holds {len(networks)} networks; give DO's "
-                             "stage1.pt")
-        state = networks[0]
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        own = model.state_dict()
-        fits = {k: state[k] for k in own if k in state and state[k].shape == own[k].shape}
-    heads = classifier_names(model)
-    wrong = [key for key in own if key not in fits and key.rpartition(".")[0] not in heads]
-    if wrong:
-        raise InputError(f"--weights {path}: lacks {len(wrong)} of {len(own)} tensors of this "
-                         f"network or has them in another shape, {wrong[0]} first; give weights "
-                         "of the same --arch")
-    model.load_state_dict(fits, strict=False)
+    """Load the network's body from a weight file, wherever it stands there, and print what was
+    taken; returns whether the file had the last layer too.
+
+    The body is all but the last layer. It is found under the prefix below which its names stand
+    with their shapes, or as tensors of the same shapes in the same order (LDAM-DRW's networks). A
+    last layer of another shape is left as it is. Raises InputError for a file that lacks some of
+    the body, or has layers that the network has no place for, tensors of integers, or values that
+    are not finite.
+    """
+    with reading(f"--weights {path}", "give a checkpoint of this network"):
+        file = {k: v for k, v in read_weights(path).items() if not k.endswith(COUNTERS)}
+        heads = classifier_names(model)
+        own = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTERS)}
+        body = {k: v for k, v in own.items() if k.rpartition(".")[0] not in heads}
+        named = {prefix: renamed(model, below(prefix, file))
+                 for prefix in prefixes(file, len(body) // 2)}
+        found = {prefix: state for prefix, state in named.items() if not difference(body, state)}
+        how = ""
+        if not found:
+            alike = {tuple(map(id, state.values())): p for p, state in named.items()}
+            found = {p: in_order(own, body, named[p]) for p in alike.values()}
+            found = {prefix: state for prefix, state in found.items() if state}
+            how = " in the order of its tensors, whose names differ,"
+        prefix = chosen_prefix(path, found, named, body)
+        state = found[prefix]
+        check_left_over(path, state, body, heads)
+        fits = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
+        for key, value in fits.items():
+            if value.is_floating_point() != own[key].is_floating_point() or value.itemsize < 2:
+                raise InputError(f"--weights {path}: {key} is {value.dtype}; give weights of "
+                                 "floating-point numbers, not quantised ones")
+            if not value.to(own[key].dtype).isfinite().all():
+                raise InputError(f"--weights {path}: {key} holds values that are not finite; give "
+                                 "a checkpoint from before the training failed")
+        model.load_state_dict(fits, strict=False)
+    complete = len(fits) == len(own)
+    unused = len(file) - len(fits)
+    print(f"weights from {path}:{how} {prefix}*, {len(fits)} tensors"
+          + "; the last layer starts afresh" * (not complete)
+          + f"; {unused} other tensors not used" * (unused > 0))
+    return complete
+
+def below(prefix, file):
+    """{name without the prefix: tensor} of the names in a file that begin with it."""
+    return {k.removeprefix(prefix): v for k, v in file.items() if k.startswith(prefix)}
+
+def prefixes(file, least):
+    """The prefixes, "" among them, below which at least `least` of the names in a file stand."""
+    sizes = Counter()
+    for name in file:
+        parts = name.split(".")
+        sizes.update(".".join([*parts[:i], ""]) for i in range(len(parts)))
+    return [prefix for prefix, size in sizes.items() if size >= max(1, least)]
+
+def renamed(model, state):
+    """The state with the names and the position embedding of timm's networks, which know their
+    older forms; of other networks as it is."""
+    source = sys.modules[type(model).__module__]
+    rename = getattr(source, "checkpoint_filter_fn", None)
+    if rename is None or not source.__name__.startswith("timm."):
+        return state
+    try:
+        return rename(dict(state), model)
+    except Exception:  # it expects a checkpoint of this network, and this is none
+        return state
+
+def difference(body, state):
+    """What first keeps a state from being the network's body, in words; "" if nothing does."""
+    for key, value in body.items():
+        if key not in state:
+            return f"it lacks {key}"
+        if state[key].shape != value.shape:
+            return f"{key} is {list(state[key].shape)} there, {list(value.shape)} in the network"
+    return ""
+
+def in_order(own, body, state):
+    """The state under the network's names, if its tensors have the body's shapes in the same order
+    and end in the same words (weight, bias ..), with at most a last layer after them; else None."""
+    theirs = list(state.items())
+    if not len(body) <= len(theirs) <= len(own):
+        return None
+    for (key, value), (other, tensor) in zip(body.items(), theirs):
+        if value.shape != tensor.shape or key.split(".")[-1] != other.split(".")[-1]:
+            return None
+    names = [*body, *(key for key in own if key not in body)]
+    return {name: tensor for name, (_, tensor) in zip(names, theirs)}
+
+def chosen_prefix(path, found, named, body):
+    """Which of the networks found in a file is taken, its prefix. Raises InputError when there is
+    none, or it is not clear which."""
+    if not found:
+        prefix = max(named, key=lambda p: sum(k in named[p] for k in body), default=None)
+        said = "it holds no tensors of it" if prefix is None else difference(body, named[prefix])
+        raise InputError(f"--weights {path}: is of another network: {said}; give the --arch that "
+                         "it was trained with")
+    for word in PREFERRED:
+        liked = [prefix for prefix in found if re.search(rf"(^|[._]){word}", prefix.lower())]
+        if liked:
+            return liked[0]
+    students = [prefix for prefix in found if "momentum" in prefix or "target" in prefix]
+    clear = [prefix for prefix in found if prefix not in students] or list(found)
+    if len(clear) > 1:
+        raise InputError(f"--weights {path}: holds {len(found)} networks: {', '.join(found)}; save "
+                         "one of them alone (DO's first is in stage1.pt)")
+    return clear[0]
+
+def check_left_over(path, state, body, heads):
+    """Raise InputError when a state has tensors that belong to the network's layers and have no
+    place there: left out they would change what it computes."""
+    roots = {key.split(".")[0] for key in body}
+    for key in state:
+        known = key in body or any(f"{key}.".startswith(f"{head}.") for head in heads)
+        if not known and key.split(".")[0] in roots | {key} - {"mask_token"}:
+            raise InputError(f"--weights {path}: {key} has no place in this network, which computes "
+                             "something else without it; give the --arch that it was trained with")
 
 def weight_layers(model):
     """{name: layer} of the convolutions and linear layers, the classifier among them."""
@@ -225,6 +352,16 @@ def classifier_names(model):
     found = [name for name in names for head in heads if f"{name}.".startswith(f"{head}.")]
     return found or names[-1:]
 
+def memory_format(model, device):
+    """torch.channels_last, the faster order, but not for networks on a CPU whose first layers take
+    the image by a strided pointwise convolution (timm's repvgg, mobileone, fastvit): there its
+    backward pass ends the process (seen with torch 2.14.1)."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and device.type == "cpu":
+            if set(layer.kernel_size) == {1} and set(layer.stride) != {1}:
+                return torch.contiguous_format
+    return torch.channels_last
+
 class Network(nn.Module):
     """The model, computing in "bf16" or "fp32"; its logits are float32. A model that was compiled
     (nn.Module.compile) runs so in training, unless eager; for anything else compiling does not
@@ -235,30 +372,42 @@ class Network(nn.Module):
         self.model = model
         self.precision = precision
         self.eager = eager
+        self.format = memory_format(model, next(model.parameters(), torch.zeros(1)).device)
 
     def forward(self, x):
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=self.format)
         bf16 = self.precision == "bf16"
         compiled = self.training and not self.eager
         run = self.model if compiled else self.model.forward
         with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             return run(x).float()
 
-def precision_rates(model, size, device):
-    """Images/s, forward and backward, of a copy of the model in fp32 and in bf16: (2,) tensor.
-    The better of two steps each on random images of `size` (H, W), after one to warm up."""
-    n = 64 if device.type == "cuda" else 16  # few: bf16 may be very slow
-    x = torch.randn(n, 3, *size, device=device).to(memory_format=torch.channels_last)
-    copied = copy.deepcopy(model).train()
-    rates = []
-    for precision in ("fp32", "bf16"):
-        network = Network(copied, precision)
-        seconds = []
-        for _ in range(3):
-            began = clock(device)
-            network(x).logsumexp(1).mean().backward()
-            seconds.append(clock(device) - began)
-        rates.append(n / max(min(seconds[1:]), 1e-9))
-    return torch.tensor(rates, device=device)
+def choose_precision(name, device):
+    """"bf16" or "fp32" of a --precision: auto takes bf16 where the device computes in it, as GPUs
+    and CPUs with AMX, AVX512-BF16 or Arm's bf16 do; elsewhere it is emulated, at a tenth of the
+    speed of fp32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    elif hasattr(torch.cpu, "get_capabilities"):
+        native = any(there for flag, there in torch.cpu.get_capabilities().items() if "bf16" in flag)
+    else:  # torch before 2.9
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if name == "bf16" and not native:
+        print(f"--precision bf16: {device} emulates it, about ten times slower than fp32")
+    if name == "auto":
+        return "bf16" if native else "fp32"
+    return name
+
+def say_share(model, layers, what):
+    """Print how much of a network's weights (without biases, norms and last layer) is that of
+    `layers`, a warning below 90 %."""
+    heads = classifier_names(model)
+    known = {p for layer in layers for p in layer.parameters()}
+    weights = {p for name, p in model.named_parameters()
+               if p.dim() > 1 and not name.startswith(tuple(f"{head}." for head in heads))}
+    share = sum(p.numel() for p in known & weights) / max(1, sum(p.numel() for p in weights))
+    print("warning: only " * (share < 0.9) + f"{share:.0%} of the weights {what}")
 
 def clock(device):
     """Seconds, once the device has finished what it was given."""
@@ -454,8 +603,24 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, images):
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype}; give uint8, 0 to 255 (of normalised "
+                             "floats: classifier.experts)")
         x = normalize(images, self.mean, self.std)
         return self.experts(x.to(self.mean.dtype))  # after .half() too
+
+    def features(self, images):
+        """What stands before the last layer of each network: a list of tensors, n x D in most
+        networks. images: as forward takes them."""
+        found = []
+        hooks = []
+        for network in self.experts.networks:
+            last = network.get_submodule(classifier_names(network)[0])
+            hooks.append(last.register_forward_pre_hook(lambda layer, x: found.append(x[0])))
+        self(images)
+        for hook in hooks:
+            hook.remove()
+        return found
 
 def classifier_content(arch, loader, states, weights, bias):
     """The content of model.pt. states: plain state dicts of networks of the name `arch`; weights:
@@ -483,13 +648,12 @@ def load_classifier(path):
 def label_photographs(classifier, paths, batch=32):
     """Yield (path, probabilities (K,)) of photographs, decoded as in testing. A file that cannot
     be read is named on stderr and left out."""
-    transform = centre_view(classifier.size, classifier.resize)
     device = classifier.mean.device
 
     def view(path):
         """What the network sees of a photograph; None where it cannot be read."""
         try:
-            return transform(decode(path))
+            return centre_view(path, classifier.size, classifier.resize)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -499,8 +663,13 @@ def label_photographs(classifier, paths, batch=32):
             seen = [(path, x) for path, x in zip(some, pool.map(view, some)) if x is not None]
             if seen:
                 read, images = zip(*seen)
-                probs = classifier(torch.stack(images).to(device)).exp()
-                yield from zip(read, probs.cpu())
+                probs = classifier(torch.stack(images).to(device)).exp().cpu()
+                for path, found in zip(read, probs):
+                    if found.isfinite().all():
+                        yield path, found
+                    else:
+                        print(f"error: {path}: the network's prediction is not a finite number",
+                              file=sys.stderr)
 
 def answer(probs, names, multi_label):
     """What is said of one photograph: [class, probability, second class, its probability]; with

@@ -15,38 +15,34 @@ full paper; the equations follow secondary descriptions.
     python more_lt.py --dataset cifar100 --imb 100 --loss bsce --resume     go on
     python models.py runs/NAME/model.pt PHOTOS                        label new photographs
 """
+import copy
 import json
 import math
-import os
 import shlex
-import subprocess
-import sys
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from torchvision.ops import sigmoid_focal_loss
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, argument_parser, check_photographs, find_device,
-                     fingerprint, group_means, listed, load_from_flags, number, on_disk,
-                     read_checkpoint, reading, recipe_name, restore_images, run_script, seed_from,
-                     show_table, show_worst_classes, top_1, write_csv, write_file)
-from models import (Classifier, LowRank, Network, add_low_rank, build_model, classifier_content,
-                    clock, general_only, merge_low_rank, network_stats, plain_state,
-                    precision_rates, synchronized)
+                     add_system_arguments, all_sum, answers, argument_parser, find_checkpoint,
+                     commit, device_name, fingerprint, group_means, listed, load_from_flags,
+                     note_part, number, reading, run_script, run_name, seed_from,
+                     start, stop_unless_finite, table, top_1, write_csv, write_file)
+from models import (Classifier, LowRank, Network, add_low_rank, build_model, choose_precision,
+                    classifier_content, clock, general_only, memory_format, merge_low_rank,
+                    network_stats, plain_state, say_share, synchronized)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
 # Defaults by dataset. Every value is a flag.
 PHOTOGRAPHS = dict(arch="resnet50", batch_size=256)
-MULTI_LABEL = dict(arch="resnet50", epochs=80, lr=0.02, batch_size=32, pretrained=1, warmup=0)
+MULTI_LABEL = dict(arch="resnet50", epochs=80, optimizer="adamw", lr=0.02, batch_size=32,
+                   pretrained=1, warmup=0)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(mixup=0.4),
@@ -55,10 +51,12 @@ RECIPES = {
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS,
     # fine-tuning; the rate was chosen on validation images of Caltech-101
-    "folder": PHOTOGRAPHS | dict(pretrained=1, epochs=14, lr=0.01, warmup=1, batch_size=64),
+    "folder": PHOTOGRAPHS | dict(pretrained=1, epochs=14, lr=0.01, adamw_lr=1e-4, warmup=1,
+                                 batch_size=64),
     "voc_mlt": MULTI_LABEL,
     "coco_mlt": MULTI_LABEL,
     "miml": MULTI_LABEL,
+    "several labels": MULTI_LABEL,  # photographs of one's own
     "nuswide_scene": MULTI_LABEL | dict(epochs=40),
     "default": dict(
         arch="resnet32",
@@ -71,6 +69,8 @@ RECIPES = {
         mixup=0.0,
         optimizer="sgd",
         weight_decay=5e-4,
+        adamw_lr=1e-3,
+        adamw_weight_decay=0.05,
         low_rank_decay=0.0,  # of A and B
         discrepancy="mse",
     ),
@@ -90,7 +90,7 @@ RECIPES = {
 }
 
 def parse_args(argv=None):
-    """Flags; what is not given comes from RECIPES. Raises InputError for values out of range."""
+    """The flags, None where `settle` takes them from RECIPES. Raises InputError."""
     parser = argument_parser("Model Rebalancing (MORE) for long-tailed recognition")
     add_data_arguments(parser)
 
@@ -135,31 +135,28 @@ def parse_args(argv=None):
     add("--low-rank-decay", type=number(least=0), help="weight decay of A and B")
 
     add_system_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.optimizer == "adamw" and args.lr is None:
-        raise InputError("--optimizer adamw: the default rates are SGD's; give one as --lr, usual "
-                         "are 0.001 from scratch and 0.0001 to fine-tune")
-    name = recipe_name(args.dataset)
-    chosen = RECIPES["default"] | RECIPES.get(name, {})
-    if args.recipe == "paper":
-        chosen |= RECIPES["paper"]
-    warmup_given = args.warmup is not None
-    parser.set_defaults(**chosen)
-    args = parser.parse_args(argv)  # again, now with the recipe's values
-    if not warmup_given:
-        args.warmup = min(args.warmup, args.epochs / 10)
-    # The two passes differ by so little that bf16 rounds it away: L_MORE's gradient is noise then.
-    if args.precision == "auto" and has_two_passes(args):
-        args.precision = "fp32"
-    return args
+    return parser.parse_args(argv)
 
 def has_two_passes(args):
     """Whether a step computes the discrepancy loss; without it one pass does."""
     return args.amplitude > 0 and not args.no_more
 
+def recipe(args, name):
+    """{flag: value} from RECIPES for a dataset's recipe, for what was not given."""
+    chosen = RECIPES["default"] | RECIPES.get(name, {})
+    if args.recipe == "paper":
+        chosen |= RECIPES["paper"]
+    adamw = (args.optimizer or chosen["optimizer"]) == "adamw"
+    rates = {key: chosen.pop(f"adamw_{key}") for key in ("lr", "weight_decay")}
+    return chosen | (rates if adamw else {})
+
 def settle(args, data):
-    """Fit --loss and --sampling to the data; after this nothing changes the flags. Raises
-    InputError for flags that do not go together."""
+    """Fill in what was not given from the recipe, and fit --loss and --sampling to the data; after
+    this nothing changes the flags. Raises InputError for flags that do not go together."""
+    chosen = recipe(args, data.recipe)
+    if args.warmup is None:
+        args.warmup = min(chosen["warmup"], (args.epochs or chosen["epochs"]) / 10)
+    vars(args).update({k: v for k, v in chosen.items() if getattr(args, k) is None})
     args.loss = args.loss or ("bce" if data.multi_label else "ce")
     fitting = ("bce", "focal", "asl", "db") if data.multi_label else ("ce", "bsce", "ldam", "focal")
     if args.loss not in fitting:
@@ -173,9 +170,13 @@ def settle(args, data):
             f"--sampling class-aware: --loss {args.loss} corrects for the counts "
             "itself; take ce or focal"
         )
-    if args.precision == "bf16" and has_two_passes(args):
-        print("--precision bf16: its rounding is larger than the discrepancy of the two passes, so "
-              "MORE trains on noise; take fp32")
+    # The two passes differ by so little that bf16 rounds it away: L_MORE's gradient is noise then.
+    if has_two_passes(args):
+        if args.precision == "auto":
+            args.precision = "fp32"
+        if args.precision == "bf16":
+            print("--precision bf16: its rounding is larger than the discrepancy of the two passes, "
+                  "so MORE trains on noise; take fp32")
     method = "base" if args.no_more else "more"
     args.out = args.out or run_name(f"{method}_{args.loss}", args)
 
@@ -189,36 +190,27 @@ def balanced_softmax(logits, target, counts):
 
 def focal_loss(logits, target, gamma=2.0):
     """Mean of (1 - p_y)^gamma * CE (Lin et al., ICCV 2017). target: int (n,), or 0/1 n x K with
-    an independent sigmoid per label."""
+    an independent sigmoid per label. By logarithms, so that the gradient stays finite where an
+    image is classified with certainty and gamma is below 1."""
     if target.dim() == 2:
-        target = target.to(logits)
-        return sigmoid_focal_loss(logits, target, alpha=-1, gamma=gamma, reduction="mean")
-    ce = F.cross_entropy(logits, target, reduction="none")
-    return ((1 - (-ce).exp()) ** gamma * ce).mean()
+        z = torch.where(target > 0, logits, -logits)
+        return ((gamma * F.logsigmoid(-z)).exp() * -F.logsigmoid(z)).mean()
+    log_p = logits.log_softmax(1)
+    others = F.one_hot(target, logits.shape[1]) == 0
+    log_rest = log_p.masked_fill(~others, -math.inf).logsumexp(1)  # log(1 - p_y)
+    return ((gamma * log_rest).exp() * F.nll_loss(log_p, target, reduction="none")).mean()
 
-def ldam_loss(logits, target, counts, max_margin=0.5, weight=None):
+def ldam_loss(logits, target, counts, max_margin=0.5):
     """Label-distribution-aware margins, N_c^(-1/4) with the largest max_margin (Cao et al.,
     NeurIPS 2019), on a plain linear head.
 
     The margin is taken off the true class's logit and nothing is scaled (the paper's cosine head
-    times 30 makes the margins far stronger). weight: (K,) class weights for the deferred
-    re-weighting, of mean 1 over the training images.
+    times 30 makes the margins far stronger). Without the deferred re-weighting of LDAM-DRW.
     """
     counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device)
     margins = counts.clamp_min(1) ** -0.25
     margins = margins * (max_margin / margins.max())
-    shifted = logits - F.one_hot(target, len(counts)) * margins
-    ce = F.cross_entropy(shifted, target, reduction="none")
-    if weight is not None:
-        ce = torch.as_tensor(weight, dtype=ce.dtype, device=ce.device)[target] * ce
-    return ce.mean()
-
-def effective_weights(counts, beta=0.9999):
-    """Class weights (1 - beta) / (1 - beta^N_c), float array (K,) (Cui et al., CVPR 2019):
-    LDAM-DRW's re-weighting. Their mean over the images, weighted by counts (K,), is 1."""
-    counts = np.maximum(np.asarray(counts, dtype=np.float64), 1)
-    weights = (1 - beta) / (1 - beta**counts)
-    return weights * counts.sum() / (weights * counts).sum()
+    return F.cross_entropy(logits - F.one_hot(target, len(counts)) * margins, target)
 
 def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
     """Asymmetric loss (Ridnik et al., ICCV 2021, eq. 7), the mean over n x K. target: 0/1 n x K.
@@ -226,9 +218,8 @@ def asymmetric_loss(logits, target, gamma_pos=0.0, gamma_neg=4.0, margin=0.05):
     Positives: -(1 - p)^gamma_pos log p. Negatives: -q^gamma_neg log(1 - q), q = max(p - margin,
     0). (The published code sums where this takes the mean.)
     """
-    p = logits.sigmoid()
-    q = (p - margin).clamp_min(0)
-    positive = (1 - p) ** gamma_pos * F.logsigmoid(logits)
+    q = (logits.sigmoid() - margin).clamp_min(1e-8)  # not 0, whose powers below 1 have no slope
+    positive = (gamma_pos * F.logsigmoid(-logits)).exp() * F.logsigmoid(logits)
     negative = q**gamma_neg * torch.log1p(-q.clamp_max(1 - 1e-7))
     return -torch.where(target > 0, positive, negative).mean()
 
@@ -250,19 +241,19 @@ def distribution_balanced_loss(
     nu = kappa * torch.log((total / counts - 1).clamp_min(1e-6)) / scale
     z = (logits - nu) * torch.where(y > 0, 1.0, scale)
     ce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-    focal = 2 * (1 - (-ce).exp()) ** gamma if gamma > 0 else 1.0
+    log_wrong = F.logsigmoid(torch.where(y > 0, -z, z))  # log(1 - p) of what is true
+    focal = 2 * (gamma * log_wrong).exp() if gamma > 0 else 1.0
     return (focal * weight * ce * torch.where(y > 0, 1.0, 1 / scale)).mean()
 
-def base_loss(name, data, device, deferred=False):
-    """The function loss(logits, target) of --loss. deferred: ldam's re-weighting has begun."""
+def base_loss(name, data, device):
+    """The function loss(logits, target) of --loss."""
     counts = torch.tensor(data.counts, dtype=torch.float32, device=device)
     if name == "ce":
         return F.cross_entropy
     if name == "bsce":
         return partial(balanced_softmax, counts=counts)
     if name == "ldam":
-        weight = torch.tensor(effective_weights(data.counts), dtype=torch.float32, device=device)
-        return partial(ldam_loss, counts=counts, weight=weight if deferred else None)
+        return partial(ldam_loss, counts=counts)
     if name == "focal":
         return focal_loss
     if name == "bce":
@@ -345,25 +336,23 @@ def make_optimizer(model, args):
     nesterov = args.recipe != "paper"
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=nesterov)
 
-def train(network, optimizer, batches, plan, losses, prior, discrepancy):
+def train(network, optimizer, batches, plan, base, prior, discrepancy):
     """One step per batch of (x, [(share, labels), ..]). plan: per batch (learning rate, weight
-    a(t) of the discrepancy loss, whether ldam's re-weighting has begun). losses: the base loss
-    before and after that. prior: (K,) class frequencies.
+    a(t) of the discrepancy loss). base: the base loss. prior: (K,) class frequencies.
 
-    Returns images drawn, correct (of several labels: found) and discrepancy by class, (K,) each,
-    and the sums of base loss and discrepancy loss over images.
+    Returns images drawn and correct (of several labels: found) by class, (K,) each, and the sums
+    of base loss and discrepancy loss over images.
     """
     network.train()
     drawn = torch.zeros_like(prior)
     correct = torch.zeros_like(prior)
-    apart = torch.zeros_like(prior)
     loss_sum = torch.zeros_like(prior[0])
     more_sum = torch.zeros_like(prior[0])
-    for (x, targets), (rate, weight, deferred) in zip(batches, plan):
+    for (x, targets), (rate, weight) in zip(batches, plan):
         for group in optimizer.param_groups:
             group["lr"] = rate
         full, general = network(x)
-        loss = sum(share * losses[deferred](full, labels) for share, labels in targets)
+        loss = sum(share * base(full, labels) for share, labels in targets)
         rebalancing = torch.zeros_like(loss)
         if general is not None:
             parts = [share * more_loss(full, general, prior, labels, discrepancy)
@@ -382,12 +371,9 @@ def train(network, optimizer, batches, plan, losses, prior, discrepancy):
                 right = (full.argmax(1) == y).float()[:, None]
             drawn += truth.sum(0)
             correct += (truth * right).sum(0)
-            if general is not None:
-                distance = discrepancies(full, general, discrepancy, y.dim() == 2)
-                apart += (truth * distance[:, None]).sum(0)
             loss_sum += loss * len(x)
             more_sum += rebalancing * len(x)
-    return [all_sum(value) for value in (drawn, correct, apart, loss_sum, more_sum)]
+    return [all_sum(value) for value in (drawn, correct, loss_sum, more_sum)]
 
 @torch.no_grad()
 def low_rank_share(model):
@@ -401,22 +387,12 @@ def low_rank_share(model):
                 share[f"{name}.{weight}"] = float(terms[0].product(W_g).norm() / W_g.norm())
     return share
 
-def loss_plan(epoch, epochs, steps, peak, schedule):
-    """By step of an epoch: a(t), and whether ldam's re-weighting has begun (LDAM-DRW: in the last
-    fifth of the training)."""
-    total = epochs * steps
+def loss_weights(epoch, epochs, steps, peak, schedule):
+    """a(t) of an epoch's steps, a list."""
     done = range(epoch * steps, (epoch + 1) * steps)
-    deferred = [step >= 0.8 * total for step in done]
     if schedule == "constant":
-        return [peak] * steps, deferred
-    return [sinusoidal_weight(step, total, peak) for step in done], deferred
-
-def progress_of_more(model, distances, groups):
-    """Columns of the log: mean |B A| / |W_g| of the layers, and the discrepancy by class group.
-    distances: (K,), mean discrepancy of each class."""
-    shares = list(low_rank_share(model).values())
-    by_group = group_means(distances.cpu(), groups)
-    return {"|BA|/|W|": float(np.mean(shares))} | {f"D {g}": by_group[g] for g in GROUPS}
+        return [peak] * steps
+    return [sinusoidal_weight(step, epochs * steps, peak) for step in done]
 
 def fit(network, loader, run):
     """Train W_g and B A together; goes on from the checkpoint of a resumed run."""
@@ -430,7 +406,7 @@ def fit(network, loader, run):
         with reading(run.folder / "last.pt", "delete it and start again"):
             optimizer.load_state_dict(run.resumed["optimizer"])
     trained = distribute(TwoPasses(network, both, args.detach_general))
-    losses = [base_loss(args.loss, data, loader.device, late) for late in (False, True)]
+    base = base_loss(args.loss, data, loader.device)
     counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
     prior = counts / counts.sum()
     uniform = np.full(data.num_classes, 1 / data.num_classes)
@@ -446,12 +422,12 @@ def fit(network, loader, run):
         key = [args.seed, 1, 1, epoch]
         torch.manual_seed(seed_from(*key) + RANK)  # of dropout
         rates = learning_rates(args.lr, epoch, epochs, steps, "cosine", args.warmup)
-        weights, deferred = loss_plan(epoch, epochs, steps, peak, args.schedule)
+        weights = loss_weights(epoch, epochs, steps, peak, args.schedule)
         picks = loader.draw(probs, args.seed, epoch)
         batches = loader.batches(picks, key, args.mixup)
-        plan = zip(rates, weights, deferred)
-        drawn, correct, apart, loss, more = train(
-            trained, optimizer, batches, plan, losses, prior, args.discrepancy
+        plan = zip(rates, weights)
+        drawn, correct, loss, more = train(
+            trained, optimizer, batches, plan, base, prior, args.discrepancy
         )
         stop_unless_finite(loss + more, model, f"epoch {epoch + 1}", "--lr or --amplitude")
         seconds = clock(loader.device) - began
@@ -460,10 +436,10 @@ def fit(network, loader, run):
         row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
         row["val"] = None
         if epoch % 10 == 9 or epoch + 1 == epochs:
-            row["val"] = scored(loader.predict(network, "val")[0], data.val, data)["all"]
+            row["val"] = tested(network, "val", loader)["val"]["all"]
         if both:
-            row |= {"a(t)": weights[0], "L_MORE": more.item() / images}
-            row |= progress_of_more(model, apart / drawn, data.groups)
+            row |= {"a(t)": weights[0], "L_MORE": more.item() / images,
+                    "|BA|/|W|": float(np.mean(list(low_rank_share(model).values())))}
         run.log(row, images, seconds, images * epochs)
         run.save(model, optimizer, epoch=epoch + 1)
 
@@ -501,21 +477,49 @@ def scored(logits, split, data):
     image average precision (their mean is mAP), OF1 and CF1. Nothing but None where the split is
     empty."""
     if not data.multi_label or not len(split):
-        return top_1(logits, split, data)
+        return top_1(answers(logits), split, data)
     labels = torch.from_numpy(split.labels).to(logits.device)
     ap = (100 * average_precision(logits, labels)).cpu().numpy()
     of1, cf1 = f1_scores(logits, labels)
     found = {"per_class": listed(ap), "of1": of1, "cf1": cf1, "ece": None}
     return group_means(ap, data.groups) | found
 
-def discrepancy_by_group(full, general, split, data, kind):
-    """Mean discrepancy of two passes' logits N x K by class group."""
-    distance = discrepancies(full, general, kind, data.multi_label)
-    truth = torch.from_numpy(split.labels).to(full.device)
-    if not data.multi_label:
-        truth = F.one_hot(truth, data.num_classes)
-    truth = truth.float()
-    return group_means((truth.T @ distance / truth.sum(0)).cpu(), data.groups)
+def tested(network, part, loader, views=0, seed=0, adjustments=None):
+    """{kind: scored} of a network on a split's clean images, of the mean over random views of them
+    too, and of both once more with each of `adjustments` {name: (K,)} added to the log-probabilities.
+    With one label per image in one sweep that keeps no logits."""
+    data = loader.data
+    split = getattr(data, part)
+    kinds = {part: None} | {f"{part}, {name}": added for name, added in (adjustments or {}).items()}
+
+    def variants(logits):
+        """{kind: logits n x K} of views V x n x K."""
+        found = {}
+        for kind, added in kinds.items():
+            z = logits if added is None else logits.log_softmax(2) + added
+            found[kind] = z[0]
+            if views:
+                found[f"{kind}, mean of {1 + views} views"] = z.mean(0)
+        return found
+
+    def take(logits, rows):
+        """The answers; with several labels all logits, which average precision ranks."""
+        found = variants(logits[0])
+        return found if data.multi_label else {kind: answers(z) for kind, z in found.items()}
+    score = scored if data.multi_label else top_1
+    found = loader.sweep([network], part, take, views, seed)
+    return {kind: score(z, split, data) for kind, z in found.items()} or {part: top_1(None, split, data)}
+
+class GeneralOnly(nn.Module):
+    """The network with W_g alone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with general_only(self.network):
+            return self.network(x)
 
 def test_time(network, loader, run):
     """The network on the test images, W_g alone beside it, and B A merged into W_g, which must
@@ -525,39 +529,31 @@ def test_time(network, loader, run):
     report = run.report
     model = network.model
     began = clock(loader.device)
-    views = loader.predict(network, "test", args.views, args.seed)
+    adjustments = {}
+    if args.loss == "ce":  # post-hoc logit adjustment (tau 1), the baseline to beat
+        counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
+        adjustments["logit-adjusted"] = -(counts / counts.sum()).log()
+    rows = tested(network, "test", loader, args.views, args.seed, adjustments)
     report["eval_seconds"] = clock(loader.device) - began
     report["merged_max_abs_diff"] = None
     report["low_rank_share"] = low_rank_share(model)
-    report["discrepancy_by_group"] = {}
-    kinds = {"test": views}
-    if args.loss == "ce":  # post-hoc logit adjustment (tau 1), the baseline to beat
-        counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
-        kinds["test, logit-adjusted"] = views.log_softmax(2) - (counts / counts.sum()).log()
-    rows = {}
-    for kind, logits in kinds.items():
-        rows[kind] = scored(logits[0], data.test, data)
-        rows[f"{kind}, mean of {1 + args.views} views"] = scored(logits.mean(0), data.test, data)
-    rows["val"] = scored(loader.predict(network, "val")[0], data.val, data)
+    rows |= tested(network, "val", loader)
     report["results"] = rows
     if args.no_more:
         return
-    with general_only(model):
-        for part in ("test", "val"):
-            logits = loader.predict(network, part)[0]
-            rows[f"{part}, W_g alone"] = scored(logits, getattr(data, part), data)
+    for part in ("test", "val"):
+        rows[f"{part}, W_g alone"] = tested(GeneralOnly(network), part, loader)[part]
     torch.backends.cudnn.allow_tf32 = False  # bf16's and TF32's rounding is larger than a small BA
     exact = Network(model, "fp32")
+    merged = Network(merge_low_rank(copy.deepcopy(model)), "fp32")
     part = "val" if len(data.val) else "test"
-    full = loader.predict(exact, part)[0]
-    with general_only(model):
-        general = loader.predict(exact, part)[0]
-    report["discrepancy_by_group"] = discrepancy_by_group(
-        full, general, getattr(data, part), data, args.discrepancy
-    )
+
+    def take(logits, rows):
+        """How far the merged network is from the whole."""
+        return {"difference": (logits[0, 0] - logits[1, 0]).abs().amax(1)}
+    found = loader.sweep([exact, merged], part, take)
+    report["merged_max_abs_diff"] = float(found["difference"].max())
     merge_low_rank(model)
-    merged = loader.predict(exact, part)[0]
-    report["merged_max_abs_diff"] = float((merged - full).abs().max())
 
 # ----------------------------------------------------------------------------------------- report
 
@@ -568,23 +564,15 @@ def show_report(report, run):
     multi_label = "of1" in report["results"]["test"]
     columns = (*GROUPS, "all", *(("of1", "cf1") if multi_label else ("ece",)))
     title = "mAP, %" if multi_label else "Top-1, %"
-    show_table(run.folder, "accuracy_by_group", title, rows, columns)
+    print("\n" + table(title, rows, columns))
     if report["merged_max_abs_diff"] is None:
         return
-    log = [row for row in report["log"] if "L_MORE" in row]
-    rows = {
-        f"epoch {row['epoch']}": {g: row[f"D {g}"] for g in GROUPS}
-        for row in log[:: max(1, len(log) // 6)]
-    }
-    rows["at the end, fp32"] = report["discrepancy_by_group"]
-    title = "Discrepancy of the full and the general pass"
-    show_table(run.folder, "discrepancy_by_group", title, rows, GROUPS, ".3g")
     shares = [f"{name} {share:.3f}" for name, share in report["low_rank_share"].items()]
     print(f"|BA| / |W_g| by layer: {'  '.join(shares)}")
     difference = report["merged_max_abs_diff"]
     print(
         f"merged and unmerged logits (fp32) differ by {difference:.1e} at most"
-        + ": TOO MUCH" * (difference > 1e-4)
+        + ": TOO MUCH" * (not difference <= 1e-4)
     )
 
 def main(argv=None):
@@ -605,6 +593,8 @@ def main(argv=None):
             add_low_rank(model, args.rank_ratio)
         except ValueError as error:
             raise InputError(f"--arch {args.arch}: {error}; take another") from None
+        terms = [m for m in model.modules() if isinstance(m, LowRank)]
+        say_share(model, terms, "are W_g + B A")
         if not low_rank_share(model):
             raise InputError(f"--rank-ratio {args.rank_ratio:g}: A and B would be as large as the "
                              "weights, so none is split; take less")
@@ -618,40 +608,13 @@ def main(argv=None):
         no_bias = torch.zeros(data.num_classes)
         saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
         classifier = Classifier(saved).to(device)
-        logits = loader.predict(classifier.experts, "test")[0]
-        if data.multi_label:
-            logits = logits - (-logits.expm1()).log()  # log-probabilities to log-odds
-        report["clean"] = scored(logits, data.test, data)
+        experts = classifier.experts.networks[0] if data.multi_label else classifier.experts
+        report["clean"] = tested(experts, "test", loader)["test"]
         show_report(report, run)
-        if not data.multi_label:
-            show_worst_classes(logits, data)
         method = "base" if args.no_more else "more"
         return finish(run, method, report["results"]["test"], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
-
-def start(args):
-    """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
-    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device."""
-    device = find_device(args.device)
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    torch.set_flush_denormal(True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # the others wait while process 0 looks at half a million photographs on a slow disk
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
-        if RANK:
-            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
-    return device
-
-def run_name(method, args):
-    """The default --out."""
-    imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
-    arch = args.arch.replace(":", "_")
-    paper = "_paper" * (args.recipe == "paper")
-    return f"runs/{method}_{Path(args.dataset).resolve().stem}{imb}_{arch}{paper}_seed{args.seed}"
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is
@@ -659,15 +622,12 @@ def prepare(model, loader, run):
     args = run.args
     device = loader.device
     report = run.report
+    note_part(report, device)
     if WORLD > 1 and device.type == "cuda":
         model = synchronized(model, args.arch)
-    model.to(device, memory_format=torch.channels_last)
-    if args.precision != "auto":
-        report["precision"] = args.precision
-    elif "precision" not in report:
-        fp32, bf16 = all_sum(precision_rates(model, loader.data.size, device)).tolist()
-        report["precision"] = "bf16" if bf16 > fp32 else "fp32"
-        print(f"forward and backward: fp32 {fp32:,.0f}, bf16 {bf16:,.0f} images/s")
+    model.to(device, memory_format=memory_format(model, device))
+    if "precision" not in report:
+        report["precision"] = choose_precision(args.precision, device)
     if run.resumed:
         with reading(run.folder / "last.pt", "delete it and start again"):
             model.load_state_dict(run.resumed["model"])
@@ -699,49 +659,13 @@ def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
     return (peak * shape * rise).tolist()
 
-def stop_unless_finite(loss, model, where, flags="--lr"):
-    """Exit code 3, before anything is saved, when the loss or a weight is NaN or infinite."""
-    values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
-    if not torch.stack([loss, *values]).isfinite().all():
-        if RANK == 0:
-            print(
-                f"error: the loss became {loss.item()} or a weight infinite in {where}; the last "
-                f"checkpoint is kept: lower {flags} and start again, or look at the data",
-                file=sys.stderr,
-            )
-        sys.exit(3)
-
-def find_checkpoint(args, data):
-    """The checkpoint in --out of the run to resume, else {}; the data get its images."""
-    inside = Path(args.out).resolve().is_relative_to(Path(args.dataset).resolve())
-    if inside and on_disk(data.train.images):
-        raise InputError(f"--out {args.out}: lies among the photographs of --dataset "
-                         f"{args.dataset}, where its figures would become a class; give another")
-    last = Path(args.out) / "last.pt"
-    if not args.resume:
-        if list(last.parent.glob("last.pt*")):
-            raise InputError(f"--out {args.out} holds a run: add --resume to go on with it, or "
-                             "give another folder")
-        return {}
-    resumed = read_checkpoint(last)
-    if not resumed:
-        print(f"nothing to resume in {args.out}: starting from the beginning")
-    elif not {"args", "data", "report"} <= resumed.keys():
-        raise InputError(f"{last} is not a checkpoint of this script; give another --out")
-    else:
-        restore_images(data, resumed["data"], args.out)
-    check_photographs(data)
-    return resumed
-
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
 
-    `with run:` makes the folder and holds its lock. Raises InputError for a checkpoint of another
-    run, and for a folder that cannot be made or that another run writes into.
+    `with run:` makes the folder and holds its lock. Raises InputError for a folder that cannot be
+    made or that another run writes into.
     """
-    MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
-                            "weights", "views", "workers", "compile"}
 
     def __init__(self, args, data, resumed):
         self.args = args
@@ -749,19 +673,8 @@ class Run:
         self.resumed = resumed
         self.headed = False  # whether the log has shown its columns
         self.data = resumed.get("data") or fingerprint(data)
-        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0}
-        if resumed:
-            self.check()
-
-    def check(self):
-        """Raise InputError when the checkpoint is of a run with other flags."""
-        saved = self.resumed["args"]
-        now = vars(self.args)
-        for key in sorted(saved | now):
-            if key not in self.MAY_CHANGE_ON_RESUME and saved.get(key) != now.get(key):
-                raise InputError(f"{self.folder} is of another run: --{key.replace('_', '-')} was "
-                                 f"{saved.get(key)}, now {now.get(key)}; give the same flags or "
-                                 "another --out")
+        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0,
+                                                "parts": []}
 
     def __enter__(self):
         try:
@@ -810,9 +723,6 @@ def finish(run, method, chosen, saved, loader):
     args = run.args
     report = run.report
     folder = run.folder
-    device = f"cpu, {torch.get_num_threads()} threads"
-    if loader.device.type == "cuda":
-        device = torch.cuda.get_device_name()
     result = {
         "method": method,
         "metric": "mAP" if loader.data.multi_label else "top-1",
@@ -822,7 +732,7 @@ def finish(run, method, chosen, saved, loader):
         "class_names": run.data["class_names"],
         "counts": run.data["counts"],
         "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
-        "device": device,
+        "device": device_name(loader.device),
         "torch": torch.__version__,
         "git": commit(),
         "args": vars(args),
@@ -836,15 +746,6 @@ def finish(run, method, chosen, saved, loader):
     command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
     print(f"\nresult: {folder}/result.json; label photographs with: {command}")
     return result
-
-def commit():
-    """The commit of these files, with a + if they were changed since; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 if __name__ == "__main__":
     run_script(main)

@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import time
-import zipfile
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -236,7 +236,7 @@ def test_real_cifar100_split():
     assert twins <= 2, "validation images are not trained on (CIFAR has twins of its own)"
 
 def test_a_packed_split_gives_the_same_images(tiny, tmp_path, monkeypatch):
-    path = tmp_path / "split.npz"
+    path = tmp_path / "new" / "split"
     whole = tmp_path / "whole.npz"
     np.savez(whole, class_names=list("abcdef"), **np.load(tiny))
     script = ["data_lt.py", "--dataset", str(whole), "--imb", "40", "--split-seed", "5"]
@@ -251,30 +251,61 @@ def test_a_packed_split_gives_the_same_images(tiny, tmp_path, monkeypatch):
         assert np.array_equal(one.images, two.images)
         assert np.array_equal(one.labels, two.labels)
     assert before.class_names == after.class_names == list("abcdef")
-    with zipfile.ZipFile(path) as archive:
-        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_LZMA}
-    monkeypatch.setattr(sys, "argv", [*script, "--pack", f"{tmp_path}/new/x.npz"])
-    data_lt.main()
-    assert (tmp_path / "new" / "x.npz").read_bytes() == path.read_bytes()
+
+def settled(script, flags, data):
+    """The flags of a script as its settle leaves them for the data."""
+    args = script.parse_args(flags.split())
+    script.settle(args, data)
+    return args
 
 def test_a_pack_trains_by_the_recipe_of_what_was_packed(tiny, tmp_path):
     data = load_dataset(str(tiny))
+    assert data.recipe == "default"
     data.name = "cifar100"
-    data_lt.pack(data, tmp_path / "pack.npz", 32, 0)
     data_lt.pack(data, tmp_path / "folder", 32, 0)
-    for dataset in (tmp_path / "pack.npz", tmp_path / "folder"):
-        args = do_lt.parse_args(["--dataset", str(dataset)])
-        assert (args.order, args.epochs, args.mixup) == (["many", "few"], [150, 50], 0.4)
-        assert len(data_lt.load_from_flags(args).train) == COUNTS.sum(), "a pack is not drawn again"
-    other = do_lt.parse_args(["--dataset", str(tiny)])
-    assert (other.order, other.mixup) == (["many", "medium", "few"], 0), "an unknown .npz"
-    (tmp_path / "about.json").write_text("{}")  # somebody else's file: no pack
-    assert data_lt.recipe_name(str(tmp_path)) == "folder"
+    packed = load_dataset(str(tmp_path / "folder"))
+    args = settled(do_lt, f"--dataset {tmp_path}/folder", packed)
+    assert (args.order, args.epochs, args.mixup) == (["many", "few"], [150, 50], 0.4)
+    assert len(packed.train) == COUNTS.sum(), "a pack is not drawn again"
+
+def test_arrays_above_64_pixels_are_photographs_and_grey_ones_stay_small(tmp_path):
+    """Grey ones give what the same in three channels give; each kind has its recipe."""
+    rng = np.random.default_rng(0)
+    grey = {}
+    for part, n in (("train", 12), ("test", 4)):
+        grey[f"{part}_images"] = rng.integers(0, 256, (n, 72, 72), np.uint8)
+        grey[f"{part}_labels"] = np.arange(n) % 2
+    wide = {k: np.repeat(v[..., None], 3, 3) if v.ndim == 3 else v for k, v in grey.items()}
+    found = []
+    for name, arrays in (("grey", grey), ("wide", wide)):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        data = load_dataset(str(tmp_path / f"{name}.npz"))
+        assert (data.recipe, data.size, data.photographs) == ("folder", (72, 72), True)
+        assert data.train.images.nbytes == arrays["train_images"].nbytes
+        [(x, _)] = Loader(data, CPU, 12, "strong").batches([np.arange(12)], [0])
+        found.append(x)
+    assert torch.equal(*found)
+    assert (settled(more_lt, "", data).arch, settled(more_lt, "", data).epochs) == ("resnet50", 14)
+    small = {k: v[:, :8, :8] if v.ndim == 3 else v for k, v in grey.items()}
+    np.savez(tmp_path / "small.npz", **small)
+    data = load_dataset(str(tmp_path / "small.npz"))
+    mean, std = data_lt.channel_stats(data.train.images)
+    assert data.recipe == "default"
+    assert torch.allclose(mean, torch.full((3,), float(small["train_images"].mean())))
+    assert torch.allclose(std, torch.full((3,), float(small["train_images"].std())))
+    rows = np.eye(2, dtype=np.uint8)
+    several = {k: rows[v] | (np.arange(len(v)) % 3 == 0)[:, None] if v.ndim == 1 else v for k, v in wide.items()}
+    np.savez(tmp_path / "several.npz", **several)
+    args = settled(more_lt, "", load_dataset(str(tmp_path / "several.npz")))
+    assert (args.arch, args.loss, args.optimizer) == ("resnet50", "bce", "adamw")
+    assert settled(more_lt, "--optimizer sgd", load_dataset(str(tmp_path / "several.npz"))).lr == 0.02
 
 def test_a_folder_that_is_called_like_a_dataset_does_not_change_its_recipe(tmp_path, monkeypatch):
-    (tmp_path / "miml").mkdir()
+    assert more_lt.recipe(more_lt.parse_args([]), "miml")["epochs"] == 80
+    photograph(tmp_path / "miml" / "train" / "a" / "0.png")
     monkeypatch.chdir(tmp_path)
-    assert more_lt.parse_args(["--dataset", "miml"]).epochs == 80
+    with pytest.raises(InputError, match="labels.csv"):
+        load_dataset("miml", tmp_path)
 
 def test_an_empty_validation_split_counts_as_none(tiny, tmp_path):
     arrays = dict(np.load(tiny))
@@ -412,29 +443,30 @@ def test_accuracy_by_group_and_calibration_by_hand():
         "all": 75.0,
         "per_class": [100.0, 50.0, None],
     }
-    probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
-    ece = data_lt.expected_calibration_error(probs, torch.tensor([0, 1, 1, 1]))
+    confidence = torch.tensor([0.9, 0.9, 0.6, 0.7])
+    ece = data_lt.expected_calibration_error(confidence, torch.tensor([True, False, True, True]))
     by_hand = 100 * (2 * abs(0.9 - 0.5) + abs(0.6 - 1) + abs(0.7 - 1)) / 4
     assert ece == pytest.approx(by_hand, abs=1e-4)
-    broken = torch.full((2, 3), math.nan)  # a network that diverged
-    assert math.isnan(data_lt.expected_calibration_error(broken, torch.tensor([0, 1])))
+    found = data_lt.group_accuracy([0], [0], [200, 100, 5], many=99)
+    assert found["many"] == 100 and found["medium"] is None, "100 images are many there"
 
-def test_the_worst_classes_and_what_they_are_taken_for(capsys):
-    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
-    predicted = np.array([0, 0, 2, 1, 1, 0, 0, 1, 2])
-    found = data_lt.worst_classes(predicted, labels, 4, worst=2)  # class 3 has no test image
-    assert found == [(2, 1, 4, [(0, 2), (1, 1)]), (0, 2, 3, [(2, 1)])]
-    logits = F.one_hot(torch.from_numpy(predicted), 4).float()
-    data = SimpleNamespace(class_names=["cat", "dog", "owl", "yak"], counts=np.array([9, 5, 3, 2]),
-                           num_classes=4, test=SimpleNamespace(labels=labels), photographs=False)
-    data_lt.show_worst_classes(logits, data)
-    assert re.search(r"owl +3 +1 of 4 +cat \(2\), dog \(1\)\n", capsys.readouterr().out)
-    data.class_names = ["0", "1", "2", "3"]
-    data_lt.show_worst_classes(logits, data)
-    assert capsys.readouterr().out == "", "numbers are no names"
-    data.photographs = True
-    data_lt.show_worst_classes(logits, data)
-    assert re.search(r"2 +3 +1 of 4 +0 \(2\), 1 \(1\)\n", capsys.readouterr().out), "of folders"
+def test_the_five_cases_in_which_libraries_differ():
+    """README's table: absent classes, large logits, ties, confidences on a bin's border."""
+    truth = np.array([0, 0, 1, 1])
+    found = data_lt.group_accuracy(np.array([0, 2, 1, 3]), truth, [200, 200, 200, 200])
+    assert found["all"] == 50, "classes 2 (predicted) and 3 have no test image: left out"
+    found = more_lt.average_precision(torch.rand(4, 2), torch.tensor([[1, 0]] * 4))
+    assert found[0] == 1 and found[1].isnan(), "a label without a positive: left out"
+    assert more_lt.f1_scores(torch.tensor([[9.0, 9.0]]), torch.tensor([[1, 0]]))[1] == 100
+    large = torch.tensor([[900.0], [800.0], [30.0], [18.0]])  # their sigmoids are all 1
+    ranked = more_lt.average_precision(large, torch.tensor([[1], [1], [0], [0]]))
+    assert ranked.item() == 1
+    tied = more_lt.average_precision(torch.ones(4, 1), torch.tensor([[1], [0], [0], [0]]))
+    assert tied.item() == 0.25, "in whatever order"
+    border = torch.tensor([1.0, 0.2, 0.2])  # 0.2 is the third bin's upper border of 15
+    right = torch.tensor([True, True, False])
+    by_hand = 100 * 2 * abs(0.2 - 0.5) / 3
+    assert data_lt.expected_calibration_error(border, right) == pytest.approx(by_hand, abs=1e-4)
 
 # -------------------------------------------------------------------------------------- models.py
 
@@ -540,16 +572,14 @@ def test_which_layers_do_and_more_take():
     masked = models.add_owner_masks(models.build_model("timm:tf_efficientnet_lite0", 5))
     assert set(models.owned_layers(masked)) == named - {"classifier"}
 
-@pytest.mark.parametrize("faster, seconds", [(0, [1, 1, 1, 2, 2, 2]), (1, [3, 3, 3, 9, 2, 2])])
-def test_precision_is_the_faster_one_measured_on_a_copy(faster, seconds, monkeypatch):
-    model = models.build_model("resnet20", 6)
-    ends = np.cumsum(seconds)
-    ticks = iter([tick for end, s in zip(ends, seconds) for tick in (end - s, end)])
-    monkeypatch.setattr(models, "clock", lambda device: next(ticks))
-    before = models.plain_state(model)
-    rates = models.precision_rates(model, (8, 8), CPU)
-    assert int(rates.argmax()) == faster
-    assert equal(model.state_dict(), before)
+def test_auto_takes_bf16_where_it_is_native_alone(monkeypatch, capsys):
+    for flags, native in (({"avx512_bf16": False, "avx2": True}, False), ({"amx_bf16": True}, True),
+                          ({"bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+        assert models.choose_precision("auto", CPU) == ("bf16" if native else "fp32")
+        assert models.choose_precision("bf16", CPU) == "bf16"
+        assert ("ten times slower" in capsys.readouterr().out) != native
+        assert models.choose_precision("fp32", CPU) == "fp32"
 
 def test_a_compiled_model_runs_compiled_in_training_alone():
     calls = []
@@ -620,7 +650,7 @@ def test_photographs_are_labelled_from_the_command_line(name, request, tmp_path,
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == files
     classifier = models.load_classifier(out / "model.pt")
-    images = torch.stack([data_lt.centre_view((8, 8), 8)(data_lt.decode(f)) for f in files])
+    images = torch.stack([data_lt.centre_view(f, (8, 8), 8) for f in files])
     probs, classes = classifier(images).exp().topk(2)
     for row, p, c in zip(rows, probs, classes):
         assert (row["class"], row["second class"]) == (str(int(c[0])), str(int(c[1])))
@@ -847,20 +877,17 @@ def test_instance_weights_against_brute_force(T):
     assert lost.max() < (4e-3 if T == 4 else 6e-4), "a lattice of 1/50 (1/20) loses no more"
     same = do_lt.instance_weights(p1, p1)  # nothing to choose by
     assert torch.allclose(same, torch.full_like(lam, 1 / T), atol=1 / 50)
-    group = do_lt.group_weights(p1, p2)
-    assert group.shape == (T,)
-    found = agree(group[None].double(), "gt,tuk->guk").mean()
-    assert found > agree(grid, "gt,tuk->guk").mean(1).max() - 6e-4
 
 def test_product_takes_off_priors_and_calibrates():
     """Two overconfident experts with opposed priors: the fit finds the truth."""
     torch.manual_seed(0)
     counts = torch.tensor([800.0, 300, 90, 40, 10, 3])
-    truth = torch.randn(6000, 6) * 2
+    truth = torch.randn(3000, 6) * 2
     labels = torch.multinomial(truth.softmax(1), 1)[:, 0]
     experts = [2 * truth + counts.log(), 2 * truth - 0.5 * counts.log()]
     logp = torch.stack([logits.log_softmax(1) for logits in experts])
-    w = do_lt.fit_product(logp, labels, counts)
+    start = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    w = do_lt.fit_product(logp, labels, counts, start)
     fitted = do_lt.product_of_experts(logp, w, counts)
     rare = 1 / torch.bincount(labels, minlength=6)[labels].float()
 
@@ -868,28 +895,72 @@ def test_product_takes_off_priors_and_calibrates():
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (losses * rare).sum() / rare.sum()
 
-    assert loss(fitted) < loss(truth) + 5e-3
+    assert loss(fitted) < loss(truth) + 1e-2
     assert loss(fitted) < loss(logp.mean(0)) - 0.1
     assert 2 * float(w[:2].sum()) == pytest.approx(1, abs=0.15)
     medium = torch.tensor([0, 0, 1.0, 1, 0, 0])
     by_hand = w[0] * logp[0] + w[1] * logp[1] + w[2] * counts.log() + w[3] * medium
     assert torch.allclose(fitted, by_hand, atol=1e-5)
 
-def test_the_mixtures_and_what_they_are_beside_image_by_image():
-    """aggregate, the oracle and the baselines on random predictions, in plain loops."""
+@pytest.mark.parametrize("signal", [3.0, 40.0])
+@pytest.mark.parametrize("n", [5, 20])
+def test_the_product_is_not_worse_than_equal_weights_on_few_images(n, signal):
+    """Weak and perfectly separable predictions, n validation images per class: at most one point
+    worse, weights bounded and a_t >= 0."""
+    counts = torch.tensor([120.0, 110, 60, 30, 10, 6])
+    start = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+
+        def draw(per_class):
+            """(log-probabilities of two experts, one with the prior; labels)."""
+            labels = torch.arange(6).repeat_interleave(per_class)
+            logits = torch.randn(2, len(labels), 6, generator=rng) + signal * F.one_hot(labels, 6)
+            logits[0] += (counts / counts.sum()).log()
+            return logits.log_softmax(2), labels
+        logp, labels = draw(n)
+        w = do_lt.fit_product(logp, labels, counts, start)
+        test, truth = draw(200)
+        right = [(do_lt.product_of_experts(test, v, counts).argmax(1) == truth).float().mean()
+                 for v in (w, start)]
+        assert right[0] >= right[1] - 0.01
+        assert (w[:2] >= 0).all() and w.abs().max() < 20
+        if signal == 40:
+            assert torch.equal(w, start), "nothing to gain"
+
+def test_the_mixtures_and_what_they_are_beside_image_by_image(monkeypatch):
+    """aggregate, the oracle and the baselines on random predictions, in plain loops; with and
+    without the short list of likely classes."""
     torch.manual_seed(0)
     T, N = 2, 240
-    data = SimpleNamespace(counts=COUNTS, num_classes=6, groups=class_groups(COUNTS))
+    data = SimpleNamespace(counts=COUNTS, num_classes=6, groups=class_groups(COUNTS), many=100)
     split = data_lt.Split(np.zeros((N, 1)), np.arange(N) % 6)
-    data.test = data.val = split
-    probs = torch.randn(T, 3, N, 6).mul(1.5).softmax(-1)  # T sub-models x 3 views x N x K
-    probs[:, :, torch.arange(N), torch.arange(N) % 6] += torch.tensor([0.4, 0.1])[:, None, None]
+    data.test = split
+    probs = torch.randn(1 + T, 3, N, 6).mul(1.5).softmax(-1)  # stage 1 and T sub-models
+    better = torch.tensor([0.2, 0.4, 0.1])[:, None, None]
+    probs[:, :, torch.arange(N), torch.arange(N) % 6] += better
     probs = probs / probs.sum(-1, keepdim=True)
-    weights = torch.tensor([0.8, 0.5, -0.6, 0.3])
     stages = [SimpleNamespace(classes=np.array([0, 1])), SimpleNamespace(classes=np.array([4, 5]))]
-    found = do_lt.aggregate(probs, weights, split, stages, data)
+
+    class Sweep:
+        """A loader whose networks predict `probs`, seven images at a time."""
+        device = CPU
+
+        def sweep(self, networks, part, take, views, seed):
+            kept = []
+            for rows in np.split(np.arange(N), range(7, N, 7)):
+                kept.append(take(probs[:, :, rows].log(), rows))
+            return {name: torch.cat([few[name] for few in kept]) for name in kept[0]}
+    loader = Sweep()
+    loader.data = data
+    kinds = {"product": [0.8, 0.5, -0.6, 0.3], "ce": [1.0, 0, 0], "ce_la": [1.0, -1.0, 0]}
+    found = do_lt.aggregate([], kinds, stages, loader, SimpleNamespace(views=2, seed=0))
+    first, probs = probs[0], probs[1:]
     lam = do_lt.instance_weights(probs[:, 1], probs[:, 2])
-    group = do_lt.group_weights(probs[:, 1], probs[:, 2])
+    lattice = do_lt.simplex_lattice(T)
+    agree = do_lt.agreement(probs[:, 1].double(), probs[:, 2].double(), lattice).sum(0)
+    group = lattice[agree.argmax()]
+    assert found["group_lambda"] == pytest.approx(group.tolist())
     expected = {name: torch.zeros(N, 6) for name in ("instance", "group", "mean", "product")}
     routed = torch.zeros(N, 6)
     adjusted = torch.zeros(N, 6)
@@ -903,27 +974,34 @@ def test_the_mixtures_and_what_they_are_beside_image_by_image():
             medium = 0.3 if 20 <= n <= 100 else 0
             power = 0.8 * logs[0, c] + 0.5 * logs[1, c] - 0.6 * math.log(n) + medium
             expected["product"][i, c] = math.exp(power)
-            adjusted[i, c] = math.exp(logs[0, c]) / n
+            adjusted[i, c] = math.exp(first[:, i, c].log().mean()) / n
         stage = {0: 0, 1: 0, 4: 1, 5: 1}.get(i % 6)  # of medium classes there is none
         routed[i] = seen.mean(0) if stage is None else seen[stage]
-    for name, by_hand in expected.items():
-        top = data_lt.top_1(by_hand.log(), split, data)
+    by_hand = lambda logits: data_lt.top_1(data_lt.answers(logits), split, data)
+    for name, mixed in expected.items():
+        top = by_hand(mixed.log())
         assert found["aggregations"][name]["per_class"] == top["per_class"]
         assert found["aggregations"][name]["ece"] == pytest.approx(top["ece"], abs=1e-3)
     assert len({entry["ece"] for entry in found["aggregations"].values()}) == 4, "they differ"
-    routed = data_lt.top_1(routed.log(), split, data)
-    assert found["oracle_by_true_group"]["per_class"] == routed["per_class"]
-    bar = do_lt.baselines(probs[:1], probs[:1], data, False, "compensation")
-    adjusted = data_lt.top_1(adjusted.log(), split, data)
-    assert list(bar) == ["ce", "ce_la"]
-    assert bar["ce_la"]["per_class"] == adjusted["per_class"] != bar["ce"]["per_class"]
+    for t in range(T):
+        alone = by_hand(probs[t].mean(0).log())["per_class"]
+        assert found["alone"][t]["per_class"] == alone
+    assert found["oracle_by_true_group"]["per_class"] == by_hand(routed.log())["per_class"]
+    assert list(found["bar"]) == ["ce", "ce_la"]
+    assert found["bar"]["ce_la"]["per_class"] == by_hand(adjusted.log())["per_class"]
+    assert found["bar"]["ce"]["per_class"] != found["bar"]["ce_la"]["per_class"]
+    many = torch.rand(T, 3, 9, 300, generator=torch.Generator().manual_seed(0)).softmax(3)
+    kept = do_lt.mixtures(many, torch.zeros(9, dtype=torch.long), torch.ones(300, T) / T, lattice)
+    best, answers = do_lt.group_answers(kept, lattice)
+    whole = torch.einsum("tuk,t->uk", many.mean(1), best)
+    assert torch.equal(answers[:, 0].long(), whole.argmax(1)), "of 300 classes 128 are kept"
 
 # ----------------------------------------------------------------------------- do_lt.py, end to end
 
 def test_do_run_leaves_what_it_says(do_run):
     written = json.loads((do_run.out / "result.json").read_text())
     keys = ("method dataset imb arch seed split_seed epochs args counts acc clean per_class ece "
-            "submodels aggregations lambda_by_group gammas importance_by_group fitted "
+            "submodels aggregations lambda_by_group gammas fitted parts val test "
             "images_per_second train_seconds tpd_seconds eval_seconds device torch git")
     assert set(written) >= set(keys.split())
     ends = [label.split(")")[1].strip() for label in written["submodels"]]
@@ -937,7 +1015,7 @@ def test_do_run_leaves_what_it_says(do_run):
     assert len(losses) == 6
     assert losses[1] < losses[0]
     names = {path.name for path in do_run.out.iterdir()}
-    assert names >= {"last.pt", "model.pt", "stage1.pt", "accuracy_by_group.png", "log.csv"}
+    assert names >= {"last.pt", "model.pt", "stage1.pt", "log.csv"}
     assert not list(do_run.out.glob("*.tmp"))
 
 def test_each_stage_trains_with_its_draws_and_its_margin(do_run):
@@ -1067,8 +1145,8 @@ def test_reinit_keep_starts_from_the_values_before_the_pruning(tiny, tmp_path, m
 def test_pruning_depends_on_its_seed_alone(tiny, tmp_path):
     """A network with dropout: what was drawn before must not matter, or a run that was stopped
     before the pruning would go on differently."""
-    args = do_lt.parse_args(do_flags(tiny, tmp_path))
     data = load_dataset(str(tiny))
+    args = settled(do_lt, " ".join(do_flags(tiny, tmp_path)), data)
     stage = do_lt.make_stages(args, data, CPU)[0]
     loader = Loader(data, CPU, 56)
     torch.manual_seed(0)
@@ -1130,7 +1208,6 @@ def test_gamma_auto_from_another_runs_stage_1(tiny, do_run, tmp_path):
     auto = short_do(tiny, tmp_path, f"--weights {do_run.out / 'stage1.pt'} --epochs 0,1,1 "
                                     "--gamma auto --tpd-steps 1")
     assert [len(curve) for curve in auto["pruning_curve"].values()] == [10, 10]
-    assert (tmp_path / "pruning_curve.png").exists()
     first = [list(result["submodels"].values())[0] for result in (auto, do_run.result)]
     assert first[0] == first[1], "stage 1 was trained elsewhere"
     assert len(losses_of(tmp_path)) == 2
@@ -1185,7 +1262,11 @@ def test_two_stages_in_bf16_with_mixup(tiny, tmp_path):
     ],
 )
 def test_recipes(flags, order, epochs, gamma, lr):
-    args = do_lt.parse_args(flags.split())
+    name = "inat18" if "inat18" in flags else "cifar100"
+    labels = np.repeat(np.arange(6), COUNTS)
+    data = SimpleNamespace(recipe=name, multi_label=False, counts=COUNTS, num_classes=6,
+                           val=data_lt.Split(labels, labels))
+    args = settled(do_lt, flags + " --imb 100" * ("--imb" not in flags), data)
     assert ",".join(args.order) == order
     assert (args.epochs, args.gamma, args.lr) == (epochs, gamma, lr)
 
@@ -1286,21 +1367,17 @@ def test_of_mixed_images_both_labels_weigh_the_discrepancy():
     rare = torch.ones(4, dtype=torch.long)
     batches = [(torch.zeros(4, 1), [(0.25, rare), (0.75, rare - 1)])]
     prior = torch.tensor([0.9, 0.1])
-    plan = [(0.1, 3.0, False)]
-    losses = [F.cross_entropy] * 2
-    *_, more_sum = more_lt.train(network, optimizer, batches, plan, losses, prior, "mse")
+    plan = [(0.1, 3.0)]
+    *_, more_sum = more_lt.train(network, optimizer, batches, plan, F.cross_entropy, prior, "mse")
     mean_prior = 0.25 * 0.1 + 0.75 * 0.9
     assert more_sum.item() / 4 == pytest.approx(mean_prior)
     moved = 1 - network.shift.item()  # the base loss does not see a shift of all logits
     assert moved == pytest.approx(0.1 * 3.0 * mean_prior * 2), "rate x weight x gradient"
 
 def test_the_plan_of_a_training_with_more():
-    weights, deferred = more_lt.loss_plan(3, 5, 10, 7.0, "sin")
+    weights = more_lt.loss_weights(3, 5, 10, 7.0, "sin")
     assert weights == pytest.approx([7 * math.sin(math.pi * step / 50) for step in range(30, 40)])
-    assert deferred == [False] * 10
-    weights, deferred = more_lt.loss_plan(4, 5, 10, 7.0, "constant")
-    assert weights == [7.0] * 10
-    assert deferred == [True] * 10, "the last fifth"
+    assert more_lt.loss_weights(4, 5, 10, 7.0, "constant") == [7.0] * 10
     model = models.add_low_rank(models.build_model("resnet20", 6))
     args = SimpleNamespace(weight_decay=0.1, low_rank_decay=0.2, optimizer="sgd", lr=1.0,
                            recipe="paper")
@@ -1346,10 +1423,10 @@ def test_the_discrepancy_needs_fp32(tiny, tmp_path, capsys):
     cosine = partial(torch.cosine_similarity, gradients["fp64"], dim=0)
     assert cosine(gradients["fp32"]) > 0.999
     assert cosine(gradients["bf16"]) < 0.9
-    flags = ["--dataset", "synth"]
-    assert more_lt.parse_args(flags).precision == "fp32"
-    assert more_lt.parse_args([*flags, "--no-more"]).precision == "auto"
-    assert more_lt.parse_args([*flags, "--amplitude", "0"]).precision == "auto"
+    data = load_dataset(str(tiny))
+    assert settled(more_lt, "", data).precision == "fp32"
+    assert settled(more_lt, "--no-more", data).precision == "auto"
+    assert settled(more_lt, "--amplitude 0", data).precision == "auto"
     more_lt.main(more_flags(tiny, tmp_path, "--epochs", "1", "--precision", "bf16"))
     assert "MORE trains on noise; take fp32" in capsys.readouterr().out
 
@@ -1366,9 +1443,31 @@ def test_single_label_losses_by_hand(logits):
     p = full.softmax(1)[range(4), y]
     by_hand = -((1 - p) ** 2 * p.log()).mean()
     assert more_lt.focal_loss(full, y).item() == pytest.approx(by_hand.item())
-    weights = more_lt.effective_weights(counts)
-    assert (weights * counts).sum() == pytest.approx(counts.sum())
-    assert (np.diff(weights) > 0).all()
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("sure", [0.0, 20.0, 200.0])
+def test_certain_images_have_a_finite_gradient(sure, gamma, precision):
+    """Losses with (1 - p)^gamma, against their formula in float64; at certainty it is 0."""
+    losses = {
+        "focal": lambda z, y: more_lt.focal_loss(z, y, gamma),
+        "asl": lambda z, y: more_lt.asymmetric_loss(z, y, gamma, gamma),
+        "db": lambda z, y: more_lt.distribution_balanced_loss(z, y, [9.0, 5], 20, gamma=gamma),
+        "focal, one label": lambda z, y: more_lt.focal_loss(z, y.argmax(1), gamma),
+    }
+    y = torch.tensor([[1, 0], [0, 1]])
+    for name, loss in losses.items():
+        found = []
+        for kind in (precision, torch.float64):
+            z = (sure * (2.0 * y - 1)).to(kind).requires_grad_()
+            value = loss(z, y)
+            value.backward()
+            assert value.isfinite() and z.grad.isfinite().all(), name
+            found.append(z.grad.double())
+        tolerance = 1e-4 if precision == torch.float32 else 2e-2
+        torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+        if sure == 200:
+            assert found[0].abs().max() < 1e-6, name
 
 def test_multi_label_losses_by_hand():
     """Each formula as its paper prints it, label by label in float64."""
@@ -1471,14 +1570,14 @@ def test_logit_adjustment_of_cross_entropy(tiny, tmp_path):
     assert result["results"]["test, logit-adjusted"]["per_class"] == adjusted["per_class"]
     assert result["results"]["test"]["per_class"] != adjusted["per_class"]
 
-def test_a_resumed_run_keeps_the_precision_that_it_measured(tiny, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_precision(tiny, tmp_path, monkeypatch):
     flags = more_flags(tiny, tmp_path, *"--no-more --precision auto --resume".split())
-    monkeypatch.setattr(more_lt, "precision_rates", lambda *args: torch.tensor([1.0, 2.0]))
+    monkeypatch.setattr(more_lt, "choose_precision", lambda *args: "bf16")
     with monkeypatch.context() as patch:
         dying(patch, more_lt, "learning_rates", 2)
         with pytest.raises(Killed):
             more_lt.main(flags)
-    monkeypatch.setattr(more_lt, "precision_rates", lambda *args: torch.tensor([2.0, 1.0]))
+    monkeypatch.setattr(more_lt, "choose_precision", lambda *args: "fp32")
     assert more_lt.main(flags)["precision"] == "bf16"
 
 @pytest.mark.parametrize("flags", ["--loss bce --no-more", "--loss asl", "--loss db",
@@ -1565,7 +1664,7 @@ def test_coco_mlt_by_its_labels_or_by_cocos_annotations(tmp_path):
     data = load_dataset("coco_mlt", tmp_path)
     assert data.class_names == ["a", "b"]
     assert data.counts.tolist() == [1, 2]
-    assert data.test.labels.tolist() == [[0, 1]], "images without an object are left out"
+    assert data.test.labels.tolist() == [[0, 1], [0, 0]], "without an object: a negative"
     layout.json("annotations/instances_train2017.json", {
         "categories": categories,
         "images": [],
@@ -1596,7 +1695,7 @@ def test_nuswide_scenes_by_their_published_files(tmp_path, capsys):
                 f"Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt",
                 [str(int(i == k)) for i in range(34)],
             )
-    with pytest.raises(InputError, match="66 of 66 photographs cannot be read"):  # two: no scene
+    with pytest.raises(InputError, match="33 of 33 train images are not below .*Flickr"):  # two: no scene
         load_dataset("nuswide_scene", tmp_path)
     layout.photos(*[f"Flickr/a/{i}.jpg" for i in range(34)])
     assert load_dataset("nuswide_scene", tmp_path).counts.tolist() == [1] * 33
@@ -1629,12 +1728,12 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, capsys):
     data = load_dataset("places_lt", tmp_path / "images", lists=tmp_path, size=32)
     said = capsys.readouterr().out
     assert data.counts.tolist() == [2, 2]
-    assert data.class_names == ["a", "a"]
+    assert data.class_names == ["a (0)", "a (1)"], "no two of one name"
     assert data.size == (32, 32)
     assert "lists 4 images, the published one 62,500" in said
     assert "has (2, 2, 2), the published one (365, 4980, 5) (classes, most and" in said
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with pytest.raises(InputError, match=r"3 of 12 photographs .* first: .*a/2.jpg .*--data-root"):
+    with pytest.raises(InputError, match=r"1 of 4 train images .*a/2.jpg first.*--data-root"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
     with pytest.raises(InputError, match="--lists .*: needs iNaturalist18_train.txt or train2018"):
         load_dataset("inat18", tmp_path)
@@ -1731,16 +1830,6 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path, monke
     assert (tests[0] - tests[1]).abs().max() <= 2
     trains = [next(iter(s["train"].clean([np.array([3, 1])]))).int() for s in sources]
     assert (trains[0] - trains[1]).abs().max() <= 2
-    data_lt.pack(data[0], tmp_path / "one.npz", 0, 0)
-    one = load_dataset(str(tmp_path / "one.npz"))
-    assert one.test.images.shape == (12, 35, 35, 3)
-    assert one.resize == 40, "new photographs are brought to what the packed ones were"
-    data_lt.pack(one, tmp_path / "again", 0, 0)
-    assert load_dataset(str(tmp_path / "again")).resize == 40
-    about = json.loads((packed / "about.json").read_text())
-    about.pop("resize")  # as packs of an earlier version
-    (packed / "about.json").write_text(json.dumps(about))
-    assert load_dataset(str(packed)).resize == 40
     smooth = tmp_path / "smooth"
     gradient = np.linspace(0, 255, 240 * 240).astype(np.uint8).reshape(240, 240)
     photograph(smooth / "train" / "a" / "0.png", gradient)
@@ -1754,7 +1843,8 @@ def test_packed_photographs_have_the_pixels_of_the_files(photos, tmp_path, monke
     with pytest.raises(InputError, match="--size 64: .* holds images of 40 pixels"):
         load_dataset(str(packed), size=64)
 
-def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, capsys):
+def test_listed_photographs_that_are_gone(tmp_path, capsys):
+    """Refused, or left out with --skip-missing; a run under way goes on with the same alone."""
     layout = Layout(tmp_path)
     layout.photos(*[f"images/train/a/{i}.jpg" for i in range(12)])
     for part, rows in (("train", range(8)), ("val", (8, 9)), ("test", (10, 11))):
@@ -1763,20 +1853,24 @@ def test_a_lost_photograph_of_a_list_is_left_out_when_the_run_goes_on(tmp_path, 
              f"--arch resnet20 --pretrained 0 --epochs 1 --batch-size 4 --device cpu --workers 0 "
              f"--no-more --out {tmp_path}/run").split()
     more_lt.main(flags)
-    for lost in (2, 8, 10):
-        (tmp_path / "images" / "train" / "a" / f"{lost}.jpg").unlink()
-    for resume in ([], ["--resume"]):  # which a first run may say as well
-        with pytest.raises(InputError, match="3 of 12 photographs cannot be read"):
-            more_lt.main([*flags[:-1], f"{tmp_path}/other", *resume])
+    gone = [tmp_path / "images" / "train" / "a" / f"{i}.jpg" for i in (2, 8)]
+    kept = [path.read_bytes() for path in gone]
+    for path in gone:
+        path.unlink()
+    said = "1 of 8 train images are not below .*2.jpg first.* with --skip-missing"
+    for resume in ([], ["--resume"]):
+        with pytest.raises(InputError, match=said):
+            more_lt.main([*flags, *resume])
+    with pytest.raises(InputError, match="other data, counts"):
+        more_lt.main([*flags, "--resume", "--skip-missing"])
     capsys.readouterr()
-    again = more_lt.main([*flags, "--resume"])
+    left = more_lt.main([*flags[:-1], f"{tmp_path}/other", "--skip-missing"])
     said = capsys.readouterr().out
-    for kind in ("training", "validation", "test"):
-        assert f"1 {kind} images of this run are gone and left out: " in said
-    assert again["counts"] == [4, 4]
-    (tmp_path / "images" / "train" / "a" / "11.jpg").unlink()
-    with pytest.raises(InputError, match="none of its test images is left"):
-        more_lt.main([*flags, "--resume"])
+    assert left["counts"] == [3, 4]
+    assert "1 of 2 val images" in said and "they are left out, by class: a (0) 1" in said
+    for path, content in zip(gone, kept):
+        path.write_bytes(content)
+    assert more_lt.main([*flags, "--resume"])["counts"] == [4, 4]
 
 def test_large_images_are_predicted_in_small_groups(tmp_path, capsys):
     rng = np.random.default_rng(0)
@@ -1785,7 +1879,7 @@ def test_large_images_are_predicted_in_small_groups(tmp_path, capsys):
         arrays[f"{part}_images"] = rng.integers(0, 256, (n, 1024, 1024, 3), np.uint8)
         arrays[f"{part}_labels"] = np.arange(n) % 3
     np.savez(tmp_path / "x.npz", **arrays)
-    loader = Loader(load_dataset(str(tmp_path / "x.npz")), CPU, 3)
+    loader = Loader(load_dataset(str(tmp_path / "x.npz"), size=1024), CPU, 3)
     assert "3 training images make 1 steps per epoch" in capsys.readouterr().out
     sizes = []
 
@@ -1799,7 +1893,7 @@ def test_large_images_are_predicted_in_small_groups(tmp_path, capsys):
     logits = loader.predict(Mean(), "test", views=1)
     assert max(sizes) <= 6 and sum(sizes) == 16
     assert (logits[0] != logits[1]).any(1).all(), "a view is another crop"
-    images = torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2)
+    images = next(iter(loader.sources["test"].clean([np.arange(8)])))
     means = data_lt.normalize(images, loader.mean, loader.std).mean((2, 3))
     torch.testing.assert_close(logits[0], means)
 
@@ -1834,9 +1928,10 @@ def test_photographs_train_in_both_scripts_and_new_ones_are_labelled(packed, pho
         if not packed:  # a pack has brought them to 40 pixels before
             assert 100 * np.mean(right) == pytest.approx(result["clean"]["all"])
 
-def test_a_training_view_is_torchvisions_and_the_same_in_whatever_thread():
+def test_a_training_view_is_torchvisions_and_the_same_in_whatever_thread(tmp_path):
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8))
+    photo.save(tmp_path / "x.png")
     steps = v2.RandomResizedCrop((32, 32)), v2.RandomHorizontalFlip(), v2.PILToTensor()
     expected = []
     with torch.random.fork_rng():
@@ -1845,7 +1940,8 @@ def test_a_training_view_is_torchvisions_and_the_same_in_whatever_thread():
             expected.append(v2.Compose(steps)(photo))
     state = torch.get_rng_state()
     with ThreadPoolExecutor(8) as pool:
-        views = pool.map(lambda seed: data_lt.random_view(photo, seed, (32, 32)), range(200))
+        look = partial(data_lt.random_view, str(tmp_path / "x.png"), size=(32, 32))
+        views = pool.map(look, range(200))
         assert all(torch.equal(view, other) for view, other in zip(views, expected))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -1881,7 +1977,8 @@ def test_a_script_that_leaves_in_mid_epoch_does_not_wait_for_its_decoders(tmp_pa
     code = ("import sys, numpy as np, data_lt\n"
             f"paths = [f'{tmp_path}/{{i}}.png' for i in range(6)]\n"
             "groups = [np.array([i]) for i in range(6)]\n"
-            "batches = data_lt.decoded(paths, groups, data_lt.centre_view((8, 8), 8), workers=2)\n"
+            "look = data_lt.partial(data_lt.centre_view, size=(8, 8), resize=8)\n"
+            "batches = data_lt.decoded(paths, groups, look, workers=2)\n"
             "next(batches)\n"
             "sys.exit(4)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=60)
@@ -1909,37 +2006,10 @@ def test_a_flat_folder_is_split_per_class(tmp_path, capsys):
     other = load_dataset(str(tmp_path), size=16, split_seed=1)
     assert not np.array_equal(other.train.images, data.train.images)
     fill(tmp_path / "owl", 1)
-    with pytest.raises(InputError, match="owl: 1 images; a class needs one to train on"):
-        load_dataset(str(tmp_path))
+    alone = load_dataset(str(tmp_path), size=16)
+    assert alone.counts[3] == 1 and "1 of 4 classes have no test image: owl" in capsys.readouterr().out
 
-def test_a_flat_folder_is_not_split_anew_when_a_photograph_is_gone(tmp_path, capsys):
-    folder = tmp_path / "photos"
-    for name, number in (("cat", 60), ("dog", 50)):
-        fill(folder / name, number)
-    flags = photo_flags(folder, tmp_path / "run")
-    more_lt.main(flags)
-    before = load_dataset(str(folder), size=16)
-    gone = {"train": 1, "val": 1, "test": 6}
-    for part, number in gone.items():
-        for path in getattr(before, part).images[:number]:
-            Path(path).unlink()
-    redrawn = load_dataset(str(folder), size=16)
-    seen = {*before.train.images, *before.val.images}
-    assert set(redrawn.test.images) & seen, "a new draw would test on these"
-    fill(folder / "cat" / "new", 2)
-    capsys.readouterr()
-    more_lt.main([*flags, "--resume"])
-    said = capsys.readouterr().out
-    assert "2 images that were not there when this run began are not used" in said
-    assert "1 training images" in said and "1 validation images" in said and "6 test images" in said
-    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["data"]
-    data_lt.restore_images(redrawn, saved, "run")
-    for part in ("train", "val", "test"):
-        left = getattr(before, part)
-        assert getattr(redrawn, part).images.tolist() == left.images[gone[part] :].tolist()
-        assert np.array_equal(getattr(redrawn, part).labels, left.labels[gone[part] :])
-
-def test_parts_have_their_usual_names_and_a_folder_too_deep_is_noticed(tmp_path, capsys):
+def test_parts_have_their_usual_names(tmp_path):
     for part in ("Training", "Testing"):
         for name in ("cat", "dog"):
             fill(tmp_path / "photos" / part / name, 3)
@@ -1954,11 +2024,6 @@ def test_parts_have_their_usual_names_and_a_folder_too_deep_is_noticed(tmp_path,
     for vehicle in ("bus", "train"):
         fill(tmp_path / "vehicles" / vehicle, 3)
     assert load_dataset(str(tmp_path / "vehicles"), size=16).class_names == ["bus", "train"]
-    for year in ("2024", "2025"):
-        fill(tmp_path / "years" / year / "cat", 3)
-    load_dataset(str(tmp_path / "years"), size=16)
-    said = capsys.readouterr().out
-    assert "all images lie in folders within the class folders 2024, 2025" in said
 
 def test_what_a_folder_holds_beside_its_classes_is_said(tmp_path, capsys):
     root = tmp_path / "photos"
@@ -2000,9 +2065,9 @@ def test_a_photograph_in_two_parts_or_classes_is_noticed(tmp_path, capsys):
     shutil.copy(root / "train" / "a" / "1.bmp", root / "train" / "b" / "copy.bmp")
     load_dataset(str(root))
     said = capsys.readouterr().out
-    assert "1 photographs are in two parts" in said
+    assert "1 images are in two parts" in said
     assert f"{root}/test/a/copy.bmp is {root}/train/a/0.bmp" in said
-    assert "1 photographs are in two classes" in said
+    assert "1 images are in two classes" in said
 
 def test_more_photographs_leave_the_parts_of_a_flat_folder_nearly_alone(tmp_path):
     for name in ("a", "b"):
@@ -2036,7 +2101,7 @@ def test_odd_files_are_counted_and_named_and_valid_is_val(tmp_path, capsys):
     flat = tmp_path / "flat" / "cat"
     flat.mkdir(parents=True)
     (flat / "phone.HEIC").write_bytes(b"not readable")
-    with pytest.raises(InputError, match="cat: 0 images"):
+    with pytest.raises(InputError, match="train_labels is empty"):
         load_dataset(str(tmp_path / "flat"))
     assert "1 files skipped (1 .heic); convert" in capsys.readouterr().out
 
@@ -2101,12 +2166,14 @@ def test_exif_orientations_are_applied(orientation, upright, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=damaged, quality=95)
     assert np.array_equal(np.asarray(data_lt.decode(tmp_path / "x.jpg"))[..., 0], found)
 
-def test_of_a_very_long_image_the_middle_is_seen():
+def test_of_a_very_long_image_the_middle_is_seen(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 5000, 3), np.uint8)
-    seen = data_lt.centre_view((8, 8), 9)(Image.fromarray(pixels))
-    part = data_lt.centre_view((8, 8), 9)(Image.fromarray(pixels[:, 2490:2510]))
-    assert torch.equal(seen, part)
+    seen = []
+    for some in (pixels, pixels[:, 2490:2510]):
+        Image.fromarray(some).save(tmp_path / "x.png")
+        seen.append(data_lt.centre_view(str(tmp_path / "x.png"), (8, 8), 9))
+    assert torch.equal(*seen)
 
 def photo_flags(folder, out, *more):
     """Flags of a MORE run on photographs."""
@@ -2136,12 +2203,16 @@ def test_a_run_goes_on_where_its_photographs_have_moved(zoo, tmp_path, monkeypat
     assert again["clean"] == whole["clean"]
     assert same_networks(tmp_path / "whole", tmp_path / "run2")
 
-def test_a_renamed_class_is_refused_and_a_lost_photograph_left_out(zoo, tmp_path, capsys):
-    before = more_lt.main(photo_flags(zoo, tmp_path / "run"))
-    (zoo / "train" / "cat" / "003.png").unlink()
-    again = more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
-    assert "1 training images of this run are gone and left out: " in capsys.readouterr().out
-    assert again["counts"] == before["counts"] == [6, 6, 6]
+def test_a_run_does_not_go_on_with_other_photographs(zoo, tmp_path):
+    more_lt.main(photo_flags(zoo, tmp_path / "run"))
+    lost = zoo / "train" / "cat" / "003.png"
+    lost.rename(tmp_path / "003.png")
+    with pytest.raises(InputError, match="other data, counts"):
+        more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
+    shutil.copy(tmp_path / "003.png", lost.with_name("new.png"))
+    with pytest.raises(InputError, match="other data, train: 2 are gone or new, train/cat/003.png"):
+        more_lt.main(photo_flags(zoo, tmp_path / "run", "--resume"))
+    lost.with_name("new.png").rename(lost)
     written = (tmp_path / "run" / "model.pt").read_bytes()
     (zoo / "train" / "dog").rename(zoo / "dogs")
     (zoo / "train" / "dog").mkdir()
@@ -2169,7 +2240,7 @@ def test_importance_takes_the_images_of_the_class_after_some_of_another_were_los
         return do_lt.importance(network, layers, classes, torch.zeros(6), loader, 4)
 
     whole = scores()
-    kept = np.arange(3, len(data.train))  # as restore_images leaves it: the counts stay
+    kept = np.arange(3, len(data.train))  # the counts stay
     data.train = data_lt.Split(data.train.images[kept], data.train.labels[kept])
     assert torch.equal(scores()[0], whole[0])
 
@@ -2177,7 +2248,7 @@ def test_other_arrays_of_the_same_shape_are_refused(tiny, more_run, tmp_path):
     arrays = dict(np.load(tiny))
     arrays["train_images"] = 255 - arrays["train_images"]
     np.savez(tmp_path / "other.npz", **arrays)
-    with pytest.raises(InputError, match="is of a run on other training images"):
+    with pytest.raises(InputError, match="is of a run on other data, train"):
         more_lt.main(more_flags(tmp_path / "other.npz", more_run.out, "--resume"))
 
 def test_two_runs_do_not_write_into_one_folder(tiny, tmp_path):
@@ -2236,11 +2307,12 @@ def test_lists_with_a_byte_order_mark_blanks_and_repeated_lines(tmp_path, capsys
     assert classes == [[0], [1], [1]]
     assert "lists 1 images more than once" in capsys.readouterr().out
 
-def test_warm_up_is_at_most_a_tenth_of_the_run():
-    assert more_lt.parse_args(["--epochs", "5"]).warmup == 0.5
-    assert more_lt.parse_args(["--epochs", "5", "--warmup", "2"]).warmup == 2
-    assert more_lt.parse_args([]).warmup == 5
-    assert do_lt.parse_args(["--epochs", "2,2"]).warmup == 0.4
+def test_warm_up_is_at_most_a_tenth_of_the_run(tiny):
+    data = load_dataset(str(tiny))
+    assert settled(more_lt, "--epochs 5", data).warmup == 0.5
+    assert settled(more_lt, "--epochs 5 --warmup 2", data).warmup == 2
+    assert settled(more_lt, "", data).warmup == 5
+    assert settled(do_lt, "--epochs 2,2,2", data).warmup == pytest.approx(0.6)
 
 def test_packing_without_room_is_one_line(tiny, tmp_path, monkeypatch):
     data = load_dataset(str(tiny))
@@ -2254,7 +2326,7 @@ def test_packing_without_room_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "old" / "train_images.npy").write_bytes(b"")
     (tmp_path / "old" / "about.json").write_text("")
     with pytest.raises(InputError, match="about.json: cannot be read"):
-        do_lt.parse_args(["--dataset", str(tmp_path / "old")])
+        load_dataset(str(tmp_path / "old"))
 
 # ---------------------------------------------------- several processes, interruptions, devices
 
@@ -2335,7 +2407,8 @@ def test_two_processes_train(method, tiny, tmp_path):
     assert accuracy["all"] == pytest.approx(result["clean"]["all"]), "BatchNorm's statistics differ"
     if method == "more":  # of which model.pt is the network that all processes have trained
         labels = torch.from_numpy(data.test.labels)
-        ece = data_lt.expected_calibration_error(logp.exp(), labels)
+        confidence, predicted = logp.exp().max(1)
+        ece = data_lt.expected_calibration_error(confidence, predicted == labels)
         both = result["results"]["test"]
         assert accuracy["per_class"] == both["per_class"], "process 1 has another network"
         assert ece == pytest.approx(both["ece"], abs=1e-3)
@@ -2384,7 +2457,7 @@ def test_everything_in_dos_step_stays_on_the_device(aug, tiny, monkeypatch):
     batches = loader.batches(groups, [0], 0.4)
     sums = do_lt.train(network, optimizer, batches, [0.1] * 6, torch.zeros(6, device=META), 5e-4)
     assert all(value.is_meta for value in sums)
-    probs = torch.stack([loader.predict(network, "test", 2).softmax(2)] * 3)
+    probs = torch.rand(3, 3, 120, 6, device=META)
     assert do_lt.instance_weights(probs[:, 1], probs[:, 2]).shape == (120, 3)
     with pytest.raises(Exception, match="meta"):
         sums[0].sum().item()
@@ -2394,12 +2467,12 @@ def test_everything_in_mores_step_stays_on_the_device(several_labels, loss, requ
     loader = meta_loader(request.getfixturevalue("several" if several_labels else "tiny"))
     model = models.add_low_rank(models.build_model("resnet20", 6).to(META))
     network = more_lt.TwoPasses(models.Network(model), both=True)
-    losses = [more_lt.base_loss(loss, loader.data, META)] * 2
-    plan = [(0.1, 1.0, False)] * 6
+    base = more_lt.base_loss(loss, loader.data, META)
+    plan = [(0.1, 1.0)] * 6
     batches = loader.batches(loader.draw(None, 0, 0), [0], 0.4)
     optimizer = more_lt.make_optimizer(model, STEP)
     prior = torch.zeros(6, device=META)
-    sums = more_lt.train(network, optimizer, batches, plan, losses, prior, "l2")
+    sums = more_lt.train(network, optimizer, batches, plan, base, prior, "l2")
     assert all(value.is_meta for value in sums)
 
 # -------------------------------------------------------------------------------------- bad input
@@ -2421,7 +2494,7 @@ def faulty_npz():
         "hole": ({"train_labels": np.minimum(rows, 4), "class_names": list("abcdef")},
                  "class f has no training image"),
         "sizes": ({"test_images": np.zeros((120, 9, 8, 3), np.uint8)},
-                  "(train 8 x 8, val 8 x 8, test 9 x 8 pixels); store one size"),
+                  "(8 x 8, 9 x 8 pixels); store one size"),
         "scalar": ({"train_images": np.array(5)}, "store uint8"),
         "type": ({"train_images": np.zeros((len(rows), 8, 8, 3), np.float32)}, "store uint8"),
         "text": ({"train_labels": np.array(["a"] * len(rows))}, "store one whole number"),
@@ -2457,7 +2530,7 @@ def bad(tiny, tmp_path_factory):
 
 BOTH_SCRIPTS = [
     ("--dataset cifar1000", "--dataset cifar1000: unknown"),
-    ("--dataset places_lt --data-root {bad}/lists", "of 6 photographs cannot be read, the first:"),
+    ("--dataset places_lt --data-root {bad}/lists", "2 of 2 train images are not below"),
     ("--dataset inat18 --data-root {bad}/lists", "holds label -1"),
     ("--dataset {bad}/cut.npz", "cut.npz: cannot be read"),
     ("--dataset {bad}/empty", "empty: no class folders in it"),
@@ -2470,8 +2543,8 @@ BOTH_SCRIPTS = [
     ("{tiny} --arch googlenet", "--arch googlenet: unknown"),
     ("{tiny} --arch vit_b_16", "--arch vit_b_16 cannot take images of 8 pixels"),
     ("{tiny} --weights {bad}/junk/last.pt", "junk/last.pt: cannot be read"),
-    ("{tiny} --weights {do}/stage1.pt --arch resnet32", "weights of the same --arch"),
-    ("{tiny} --weights {do}/model.pt", "model.pt: holds 3 networks; give DO's stage1.pt"),
+    ("{tiny} --weights {do}/stage1.pt --arch resnet32", "blocks.3.conv1.weight is [32, 16, 3, 3] there, [16, 16, 3, 3] in the"),
+    ("{tiny} --arch resnet20 --weights {do}/model.pt", "holds 3 networks: networks.0., networks.1."),
     ("{tiny} --lr nan", "--lr: nan: must be above 0"),
     ("{tiny} --batch-size 64,32", "--batch-size: invalid int value: '64,32'"),
     ("{tiny} --device cuda:63", "--device cuda:63 is not available"),
@@ -2483,7 +2556,6 @@ BOTH_SCRIPTS = [
 ]
 MORE_ALONE = [
     ("{several} --loss ce", "has several labels per image"),
-    ("{tiny} --optimizer adamw", "--optimizer adamw: the default rates are SGD's"),
     ("{tiny} --loss bsce --sampling class-aware", "--sampling class-aware: --loss bsce"),
     ("MORE --rank-ratio 1", "--rank-ratio 1: A and B would be as large as the weights"),
     ("MORE --out {more} --resume --amplitude 1", "--amplitude was 2.0, now 1.0"),
@@ -2588,17 +2660,433 @@ def test_nan_stops_with_code_3_and_keeps_the_checkpoint(script, loss, flags, tin
         calls.append(1)
         return real(*args) * (math.nan if len(calls) > 8 else 1)
     monkeypatch.setattr(script, loss, explode)
-    with pytest.raises(SystemExit) as caught:
-        script.main(flags(tiny, tmp_path))
-    assert caught.value.code == 3
+    with pytest.raises(SystemExit, match="3"):
+        data_lt.run_script(lambda: script.main(flags(tiny, tmp_path)))
     assert "loss became nan" in capsys.readouterr().err
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["epoch"] == 1
     assert all(value.isfinite().all() for value in state["model"].values())
 
+# ----------------------------------------------------- checkpoints, tables and models of the world
+
+class Block(torch.nn.Module):
+    """LDAM-DRW's names for the layers of models.BasicBlock."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(a, b, 3, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(b)
+        self.conv2 = torch.nn.Conv2d(b, b, 3, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(b)
+
+def ldam_drw(classes):
+    """The state dict of a ResNet-20 under LDAM-DRW's names: layer1.0.conv1 .., linear."""
+    planes = [(16, 16)] * 3 + [(16, 32)] + [(32, 32)] * 2 + [(32, 64)] + [(64, 64)] * 2
+    blocks = [Block(a, b) for a, b in planes]
+    layers = {"conv1": torch.nn.Conv2d(3, 16, 3, bias=False), "bn1": torch.nn.BatchNorm2d(16)}
+    layers |= {f"layer{i}": torch.nn.Sequential(*blocks[3 * i - 3 : 3 * i]) for i in (1, 2, 3)}
+    return torch.nn.ModuleDict(layers | {"linear": torch.nn.Linear(64, classes)}).state_dict()
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+STATE = models.build_model("resnet20", 7).state_dict()
+BODY = {key: value for key, value in STATE.items() if not key.startswith("fc.")}
+OTHER = {key: value + 1 for key, value in BODY.items()}
+LOADS = {  # what people have: (content of the file, what is said of it)
+    "plain": (STATE, "; the last layer starts afresh"),
+    "compiled": (under("module._orig_mod.", STATE), "module._orig_mod.*"),
+    "nested": ({"checkpoint": {"model": under("backbone.", STATE)}}, "checkpoint.model.backbone.*"),
+    "lightning": ({"state_dict": under("model.", STATE), "loops": {"x": [1]}, "best": np.float64(1)},
+                  "state_dict.model.*"),
+    "dino": ({"student": under("module.backbone.", OTHER), "teacher": under("backbone.", BODY) |
+              under("head.mlp.", {"0.weight": torch.ones(2, 2)})}, "teacher.backbone.*"),
+    "moco": ({"state_dict": under("encoder_k.", OTHER) | under("encoder_q.", BODY) |
+              {"queue": torch.ones(2, 2)}}, "encoder_q.*"),
+    "byol": (under("target_network.", OTHER) | under("online_network.", BODY), "online_network.*"),
+    "averaged": ({"state_dict": OTHER, "state_dict_ema": BODY, "epoch": 3}, "state_dict_ema.*"),
+    "uncounted": ({k: v for k, v in BODY.items() if "num_batches" not in k}, "95 tensors"),
+    "profiled": (BODY | {"total_ops": torch.zeros(1), "blocks.0.total_params": torch.zeros(1)}, "*"),
+    "half": ({k: v.half() if v.is_floating_point() else v for k, v in BODY.items()}, "*"),
+    "objects": ({"model": BODY, "args": SimpleNamespace(lr=0.1), "log": defaultdict(list, a=[1]),
+                 "array": np.arange(3.0), "path": Path("x"), "n": np.int64(3)}, "model.*"),
+}
+REFUSED = {
+    "se_block": (BODY | {"blocks.0.se.fc1.weight": torch.ones(4, 16)},
+                 "blocks.0.se.fc1.weight has no place in this network"),
+    "token": (BODY | {"reg_token": torch.ones(4)}, "reg_token has no place"),
+    "int8": (BODY | {"conv1.weight": torch.ones(16, 3, 3, 3, dtype=torch.int8)},
+             "conv1.weight is torch.int8"),
+    "infinite": (BODY | {"bn1.bias": torch.full((16,), math.inf)}, "bn1.bias holds values that are"),
+    "deeper": (models.build_model("resnet32", 7).state_dict(), "blocks.3.conv1.weight is"),
+    "wider": (BODY | {"conv1.weight": torch.ones(16, 3, 5, 5)},
+              "conv1.weight is [16, 3, 5, 5] there, [16, 3, 3, 3] in the network"),
+    "two": ({"a": BODY, "b": OTHER}, "holds 2 networks: a., b."),
+    "code": ({"model": BODY, "args": Killed()}, "test_smoke.Killed, and loading that may run code"),
+    "nothing": ([1, 2], "holds no tensors"),
+}
+
+@pytest.mark.parametrize("name", [*LOADS, *REFUSED])
+def test_weight_files_load_whole_or_are_refused(name, tmp_path, capsys):
+    content, said = (LOADS | REFUSED)[name]
+    path = tmp_path / "x.pth"
+    torch.save(content, path)
+    if name in REFUSED:
+        with pytest.raises(InputError, match=re.escape(said)) as caught:
+            models.build_model("resnet20", 5, path)
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+        return
+    model = models.build_model("resnet20", 5, path)
+    assert said in capsys.readouterr().out and not model.complete
+    for key, value in model.state_dict().items():
+        if key in BODY and "num_batches" not in key:
+            wanted = BODY[key].half().float() if name == "half" else BODY[key]
+            assert torch.equal(value, wanted), key
+
+def test_weights_by_order_in_safetensors_and_of_vision_transformers(tmp_path, capsys):
+    path = tmp_path / "ldam.pth.tar"
+    state = ldam_drw(6)
+    torch.save({"state_dict": under("module.", state), "best_acc1": torch.tensor(1.0)}, path)
+    model = models.build_model("resnet20", 6, path)
+    assert "in the order of its tensors" in capsys.readouterr().out
+    assert model.complete and torch.equal(model.fc.weight, state["linear.weight"])
+    assert torch.equal(model.blocks[8].conv2.weight, state["layer3.2.conv2.weight"])
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    for suffix in ("safetensors", "bin"):
+        save_file(BODY, tmp_path / f"x.{suffix}")
+        model = models.build_model("resnet20", 5, tmp_path / f"x.{suffix}")
+        assert torch.equal(model.conv1.weight, BODY["conv1.weight"])
+    timm = pytest.importorskip("timm")
+    name = "vit_tiny_patch16_224"
+    vit = timm.create_model(name, num_classes=3)
+    torch.save({"model": vit.state_dict()}, path)
+    model = models.build_model(f"timm:{name}", 5, path, (64, 64))
+    assert model.pos_embed.shape == (1, 17, 192)
+    assert torch.equal(model.blocks[1].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
+    scaled = {f"blocks.{i}.ls1.gamma": torch.ones(192) for i in range(12)}
+    torch.save(vit.state_dict() | scaled, path)
+    with pytest.raises(InputError, match="blocks.0.ls1.gamma has no place"):
+        models.build_model(f"timm:{name}", 5, path)
+
+def test_stage_1_from_elsewhere_brings_its_last_layer(tiny, tmp_path):
+    torch.save(BODY, tmp_path / "body.pt")
+    with pytest.raises(InputError, match="has no last layer for these classes"):
+        do_lt.main(do_flags(tiny, tmp_path / "run", "--weights", tmp_path / "body.pt", "--epochs",
+                            "0,1,1"))
+
+@pytest.fixture
+def lesions(tmp_path):
+    """58 photographs of three classes, two of each patient, and [(name, class, patient)]."""
+    rows = []
+    for c, n in (("naevus", 40), ("melanoma", 12), ("wart", 6)):
+        for i in range(n):
+            rows.append((f"{c[:2]}_{i:03}", c, f"patient{len(rows) // 2}"))
+            colour = (10 * len(c), 4 * i, len(rows))
+            photograph(tmp_path / "images" / "deep" / f"{rows[-1][0]}.png", colour)
+    return rows
+
+def read_csv(folder, text, **flags):
+    """load_dataset of a table with this text beside images/."""
+    (folder / "labels.csv").write_bytes(text.encode("utf-8-sig"))
+    return load_dataset(str(folder / "labels.csv"), folder / "images", size=32, **flags)
+
+def test_tables_of_each_form_say_the_same(lesions, tmp_path):
+    line = lambda *cells: ",".join(cells)
+    one_hot = [line(f, *("01"[c == n] for n in ("melanoma", "naevus", "wart")), "0")
+               for f, c, _ in lesions]
+    forms = {
+        "plain": ["image,label", *(f"{f}.png,{c}" for f, c, _ in lesions)],
+        "rows in another order": ["label,image", *(f"{c},{f}.png" for f, c, _ in lesions[::-1])],
+        "HAM10000": ["patient;image_id;dx;age", *(f"{p};{f}; {c} ;{i % 50}"
+                                                  for i, (f, c, p) in enumerate(lesions))],
+        "ISIC": ["image,melanoma,naevus,wart,UNK", *one_hot],
+        "another machine's paths": ["path\tclass\t", *(f"D:\\data\\deep\\{f}.png\t{c}\t"
+                                                       for f, c, _ in lesions)],
+    }
+    found = {name: read_csv(tmp_path, "\r\n".join([*lines, ""])) for name, lines in forms.items()}
+    plain = found["plain"]
+    assert plain.class_names == ["melanoma", "naevus", "wart"]
+    assert (plain.counts.tolist(), len(plain.val), len(plain.test)) == ([10, 28, 5], 4, 11)
+    for name, data in found.items():
+        assert data.class_names == plain.class_names, name
+        if name != "another machine's paths":  # whose units have other names, so other hashes
+            same = {Path(p).stem for p in data.test.images} == {Path(p).stem for p in plain.test.images}
+            assert same or name in ("HAM10000", "ISIC"), "these lack the suffix"
+        assert data.recipe == "folder"
+    patients = {f: p for f, _, p in lesions}
+    grouped = read_csv(tmp_path, "\n".join(forms["HAM10000"]), group="patient")
+    parts = [{patients[Path(f).stem] for f in getattr(grouped, part).images} for part in data_lt.PARTS]
+    assert not (parts[0] & parts[2] or parts[0] & parts[1] or parts[1] & parts[2])
+    assert len(grouped.test) >= 10 and grouped.counts.min() > 0
+    split = ["path,class,split", *(f"{f},{c},{('train', 'Train', 'valid', 'test')[i % 4]}"
+                                   for i, (f, c, _) in enumerate(lesions))]
+    data = read_csv(tmp_path, "\n".join(split))
+    assert (len(data.train), len(data.val), len(data.test)) == (30, 14, 14)
+
+def test_tables_of_several_labels(lesions, tmp_path):
+    names = [f for f, _, _ in lesions]
+    cells = ["big|round", "big", "round|dark|big", "dark"]
+    for mark in ("|", ";", ","):
+        lines = [f'{f},"{cells[i % 4].replace("|", mark)}"' for i, f in enumerate(names)]
+        data = read_csv(tmp_path, "\n".join(["image,Finding Labels", *lines]))
+        assert data.class_names == ["big", "dark", "round"] and data.multi_label
+        assert data.train.labels.sum(1).max() == 3
+        assert data.recipe == "several labels"
+    marks = [f"{f},{i % 2}.0,{(i + 1) % 3 == 0}" for i, f in enumerate(names)]
+    data = read_csv(tmp_path, "\n".join(["image,odd,third", *marks]))
+    assert data.class_names == ["odd", "third"] and data.multi_label
+    commas = [f'{f},"{("tench, Tinca", "cock, Gallus", "hen, Gallus")[i % 3]}"'
+              for i, f in enumerate(names)]
+    data = read_csv(tmp_path, "\n".join(["image,label", *commas]))
+    assert data.class_names == ["cock, Gallus", "hen, Gallus", "tench, Tinca"], "names with commas"
+    numbers = [f"{f},{i % 11}" for i, f in enumerate(names)]
+    data = read_csv(tmp_path, "\n".join(["image,label", *numbers]))
+    assert data.class_names == [str(n) for n in range(11)], "not 0, 1, 10, 2"
+
+@pytest.mark.parametrize("change, flags, said", [
+    (lambda rows: rows[:1], {}, "no line below the names of its columns"),
+    (lambda rows: [rows[0], *rows[2:], rows[2] + ",x"], {}, "has 4 cells, the first 3"),
+    (lambda rows: [*rows, "na_000,wart,p"], {}, "na_000.png stands in two lines of different labels"),
+    (lambda rows: [*rows, "na_000,,p"], {}, "1 cells of column label are empty"),
+    (lambda rows: [*rows, "gone,wart,p"], {}, "images are not below"),
+    (lambda rows: [row.replace("label", "xyz") for row in rows], {}, "--columns FILE,LABEL"),
+    (lambda rows: [rows[0].replace("label", "image"), *rows[1:]], {}, "two columns have one name"),
+    (lambda rows: rows, {"group": "nurse"}, "has no column nurse; it has image, label, group"),
+    (lambda rows: rows, {"columns": "image,group,label"}, "column group holds 'patient0'; give 0"),
+    (lambda rows: ["f,g", "no,where"], {}, "no column names images below"),
+])
+def test_bad_tables_are_one_line(change, flags, said, lesions, tmp_path):
+    rows = ["image,label,group", *(",".join(row) for row in lesions)]
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        read_csv(tmp_path, "\n".join(change(rows)), **flags)
+    assert "\n" not in str(caught.value)
+
+def test_a_long_table_is_read_in_seconds(tmp_path):
+    (tmp_path / "images").mkdir()
+    names = [f"{i:06}.jpg" for i in range(200_000)]
+    finder = data_lt.Finder(tmp_path)
+    finder.known = {name: name for name in names}
+    lines = "\n".join(f"{name},class{i % 300},{i // 3}" for i, name in enumerate(names))
+    (tmp_path / "t.csv").write_text("image,label,who\n" + lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_lt, "Finder", lambda root: finder)
+        began = time.process_time()
+        found = data_lt.read_table(tmp_path / "t.csv", tmp_path, 0, None, "who")
+    assert sum(len(found[f"{part}_labels"]) for part in data_lt.PARTS) == 200_000
+    assert time.process_time() - began < 10, "5 seconds on an idle core"
+
+def test_a_table_trains_as_the_folder_does(zoo, tmp_path):
+    """The same photographs, the same parts: the same weights, bit for bit."""
+    more_lt.main(photo_flags(zoo, tmp_path / "folder"))
+    lines = ["split,what,file"]
+    for path in sorted(zoo.rglob("*.png"), reverse=True):
+        part, c, _ = path.relative_to(zoo).parts
+        lines.append(f"{part},{c},{path.relative_to(zoo)}")
+    (tmp_path / "zoo.csv").write_text("\n".join(lines))
+    flags = photo_flags(tmp_path / "zoo.csv", tmp_path / "table")
+    more_lt.main([*flags, "--data-root", str(zoo), "--columns", "file,what"])
+    assert same_networks(tmp_path / "folder", tmp_path / "table")
+
+def test_listed_paths_are_found_wherever_they_begin(tmp_path):
+    layout = Layout(tmp_path)
+    layout.photos("train/a/0.jpg", "val/v0.jpg", "x/solo.png", "train/cafe\u0301/1.jpg")
+    finder = data_lt.Finder(tmp_path)
+    for name, found in {
+        "train/a/0.jpg": "train/a/0.jpg",
+        f"{tmp_path}/train/a/0.jpg": "train/a/0.jpg",
+        "D:\\images\\train\\a\\0.jpg": "train/a/0.jpg",
+        "train/a/0.jpg.jpg": "train/a/0.jpg",
+        "train/a/0": "train/a/0.jpg",
+        "val/n01440764/v0.jpg": "val/v0.jpg",
+        "solo": "x/solo.png",
+        "train/caf\u00e9/1.jpg": "train/cafe\u0301/1.jpg",
+    }.items():
+        assert finder.find(name) == f"{tmp_path}/{found}", name
+    assert finder.find("train/b/0.jpg") is None, "another class's photograph of this name"
+
+def test_classes_of_lists_have_names_of_their_own(tmp_path):
+    folders = ["a/flat/outdoor", "c/church/outdoor", "c/church/indoor"]
+    lines = [f"{folder}/{i}.jpg {c}" for c, folder in enumerate(folders) for i in range(2)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    paths, labels = data_lt.read_list(tmp_path / "list.txt")
+    labels = np.array(labels)[:, 0]
+    names = lambda: data_lt.published_names(tmp_path / "list.txt", paths, labels, (3, 2, 2))
+    assert names() == ["flat/outdoor", "church/outdoor", "church/indoor"]
+    (tmp_path / "classnames.txt").write_text("outdoor the outdoors\nindoor a room\n")
+    assert names()[2] == "a room"
+    paths = [f"train/{c}/{i}.jpg" for c in range(3) for i in range(2)]
+    listed = [{"id": c, "name": f"species {c}"} for c in range(3)]
+    (tmp_path / "categories.json").write_text(json.dumps(listed))
+    assert names() == ["species 0", "species 1", "species 2"]
+
+def test_loose_images_are_no_classes(tmp_path):
+    for part in ("train", "test"):
+        photograph(tmp_path / part / "0.png")
+    (tmp_path / "train.csv").write_text("image,label\n0.png,a\n")
+    with pytest.raises(InputError, match=r"without class folders; .*--dataset .*train.csv --data-"):
+        load_dataset(str(tmp_path))
+    shutil.rmtree(tmp_path / "test")
+    for name in ("boat", "train"):  # alone it may be a class
+        for i in range(4):
+            photograph(tmp_path / name / f"{i}.png", (50 * i, 9 * len(name), 0))
+    assert load_dataset(str(tmp_path), size=32).class_names == ["boat", "train"]
+
+def test_a_class_folder_in_another_form_of_unicode(tmp_path):
+    for part, name in (("train", "caf\u00e9"), ("test", "cafe\u0301"), ("train", "b"), ("test", "b")):
+        photograph(tmp_path / part / name / "0.png", (len(part), len(name), 0))
+    data = load_dataset(str(tmp_path), size=32)
+    assert data.class_names == ["b", "caf\u00e9"] and len(data.test) == 2
+
+def test_arrays_are_known_by_all_their_parts(tiny, tmp_path, capsys):
+    arrays = dict(np.load(tiny))
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays)
+    saved = data_lt.fingerprint(load_dataset(str(path)))
+    data_lt.check_same_data(load_dataset(str(path)), saved, "runs/x")
+    for part in ("val", "test"):
+        for key in ("images", "labels"):
+            name = f"{part}_{key}"
+            np.savez(path, **arrays | {name: arrays[name][::-1].copy()})
+            with pytest.raises(InputError, match=f"other data, {part}"):
+                data_lt.check_same_data(load_dataset(str(path)), saved, "runs/x")
+    np.savez(path, **arrays | {f"test_{key}": arrays[f"train_{key}"] for key in ("images", "labels")})
+    capsys.readouterr()
+    load_dataset(str(path))
+    assert f"{COUNTS.sum()} images are in two parts" in capsys.readouterr().out
+
+@pytest.mark.parametrize("size, turn", [((900, 700), 1), ((1400, 700), 6), ((700, 2900), 3)])
+def test_large_jpegs_are_read_at_the_scale_that_a_view_needs(size, turn, tmp_path):
+    """Views of half of the pixels or more are those of the whole photograph, bit for bit; others
+    are close to it (real photographs: 0.4 grey levels on average)."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(80, 176, (size[1] // 100, size[0] // 100, 3), np.uint8)
+    exif = Image.Exif()
+    exif[data_lt.ORIENTATION] = turn
+    path = str(tmp_path / "x.jpg")
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, quality=95, exif=exif)
+    whole = data_lt.decode(path)
+    shown = []
+    for view, resize in ((32, 37), (64, 73), (400, 457)):
+        found = data_lt.centre_view(path, (view, view), resize)
+        by_hand = v2.functional.center_crop(v2.functional.resize(whole, resize), [view, view])
+        gap = (found.int() - v2.functional.pil_to_tensor(by_hand).int()).abs()
+        assert gap.float().mean() <= 1.5
+        shown.append(int(gap.max()))
+        for seed in range(4):
+            torch.manual_seed(seed)
+            box = torchvision.transforms.RandomResizedCrop.get_params(whole, (0.08, 1), (3 / 4, 4 / 3))
+            by_hand = v2.functional.resized_crop(whole, *box, [view, view])
+            if torch.rand(1) < 0.5:
+                by_hand = v2.functional.horizontal_flip(by_hand)
+            found = data_lt.random_view(path, seed, (view, view))
+            gap = (found.int() - v2.functional.pil_to_tensor(by_hand).int()).abs()
+            assert gap.float().mean() <= 1.5
+            if min(box[2:]) < 2 * view:
+                assert gap.max() == 0
+    assert shown[2] == 0 and shown[0] > 0, "400 px need all pixels, 32 px do not"
+
+def test_images_are_uint8_and_stay_as_they_are(more_run):
+    classifier = models.load_classifier(more_run.out / "model.pt")
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    for wrong in (images.float(), images.float() / 255):
+        with pytest.raises(ValueError, match="give uint8"):
+            classifier(wrong)
+    x = images.float().to(memory_format=torch.channels_last)
+    before = x.clone()
+    data_lt.normalize(x, classifier.mean, classifier.std)
+    assert torch.equal(x, before)
+    saliency = data_lt.normalize(images, classifier.mean, classifier.std).requires_grad_()
+    classifier.experts(saliency)[:, 0].sum().backward()
+    assert saliency.grad.abs().sum() > 0
+    [features] = classifier.features(images)
+    network = classifier.experts.networks[0]
+    assert torch.allclose(network.fc(features).log_softmax(1), classifier(images), atol=1e-5)
+
+def test_predictions_that_are_not_finite_are_no_figures(tiny, more_run, tmp_path, capsys):
+    """Code 3 and the place in the scripts, code 1 and the photograph's name in models.py."""
+    loader = Loader(load_dataset(str(tiny)), CPU, 8)
+    broken = models.Network(models.build_model("resnet20", 6))
+    torch.nn.init.constant_(broken.model.fc.bias, math.inf)
+    with pytest.raises(data_lt.NotFinite, match="predictions of the val images"):
+        loader.answers(broken, "val")
+    with pytest.raises(SystemExit, match="3"):
+        data_lt.run_script(lambda: loader.answers(broken, "test"))
+    saved = torch.load(more_run.out / "model.pt", weights_only=True)
+    saved["networks"][0]["fc.bias"][0] = math.nan
+    torch.save(saved, tmp_path / "model.pt")
+    photograph(tmp_path / "a.png")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        models.main([str(tmp_path / "model.pt"), str(tmp_path / "a.png")])
+    said = capsys.readouterr()
+    assert said.out == "" and "a.png: the network's prediction is not a finite number" in said.err
+
+def test_memory_that_runs_out_is_one_line(capsys):
+    def hungry():
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..")
+    with pytest.raises(SystemExit, match="2"):
+        data_lt.run_script(hungry)
+    assert capsys.readouterr().err.startswith("error: out of memory; take a smaller --batch-size")
+
+def test_a_run_that_goes_on_elsewhere_says_so(tiny, tmp_path, monkeypatch, capsys):
+    flags = more_flags(tiny, tmp_path, "--resume", "--no-more")
+    dying(monkeypatch, more_lt, "balanced_softmax", 9)
+    with pytest.raises(Killed):
+        more_lt.main(flags)
+    monkeypatch.undo()
+    monkeypatch.setattr(data_lt, "commit", lambda: "another")
+    result = more_lt.main(flags)
+    assert "note: the run goes on otherwise than it began: git was " in capsys.readouterr().out
+    first, second = result["parts"]
+    assert (first["from epoch"], second["from epoch"], second["git"]) == (1, 2, "another")
+    assert first["torch"] == torch.__version__ and "cpu" in first["device"]
+
+def test_an_interrupted_test_time_keeps_what_is_done(tiny, do_run, tmp_path, monkeypatch):
+    flags = do_flags(tiny, tmp_path, "--resume")
+    dying(monkeypatch, do_lt, "aggregate", 1)
+    with pytest.raises(Killed):
+        do_lt.main(flags)
+    monkeypatch.undo()
+    monkeypatch.setattr(do_lt, "validation_fits", lambda *args: 1 / 0)
+    assert do_lt.main(flags)["aggregations"] == do_run.result["aggregations"]
+
+@pytest.mark.parametrize("arch, said", [
+    ("timm:resnet18.no_such_tag", "Invalid pretrained tag"),
+    ("timm:no_such_name", "no_such_name"),
+])
+def test_names_that_timm_does_not_know_are_one_line(arch, said):
+    pytest.importorskip("timm")
+    for ask in (models.network_stats, partial(models.build_model, num_classes=3)):
+        with pytest.raises(InputError, match=said):
+            ask(arch)
+
+def test_networks_that_answer_otherwise_or_refuse_without_words():
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    with pytest.raises(InputError, match="--arch odd cannot take images of 8 pixels .AssertionError"):
+        models.check_takes(Odd(), "odd", (8, 8), 3)
+    with pytest.raises(InputError, match=r"answers with \(2, 3, 8, 8\) instead of 3 logits"):
+        models.check_takes(torch.nn.Identity(), "odd", (8, 8), 3)
+
+def test_the_order_in_memory_and_the_share_of_weights(capsys):
+    """channels_last, but for networks that begin with a strided pointwise convolution."""
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Conv2d(4, 4, 1, 2))
+    pointwise = torch.nn.ModuleList([plain, torch.nn.Conv2d(3, 4, 1, 2)])
+    assert models.memory_format(plain, CPU) == torch.channels_last
+    assert models.memory_format(pointwise, CPU) == torch.contiguous_format
+    assert models.memory_format(pointwise, torch.device("cuda")) == torch.channels_last
+    assert models.Network(pointwise).format == torch.contiguous_format
+    net = torch.nn.Sequential(torch.nn.GRU(8, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 2))
+    models.say_share(net, [net[1]], "take part")
+    assert f"warning: only {48 / (48 + 2 * 24 * 8):.0%} of the weights" in capsys.readouterr().out
+    models.say_share(net, [net[0], net[1]], "take part")
+    assert capsys.readouterr().out == "100% of the weights take part\n"
+
 # ------------------------------------------------------ one house: pieces to copy, tables, README
 
-DIFFER = {"settle", "train", "scored", "make_optimizer", "test_time", "show_report", "parse_args",
+DIFFER = {"settle", "recipe", "train", "scored", "make_optimizer", "test_time", "show_report", "parse_args",
           "main"}
 
 def test_what_has_one_name_in_both_scripts_is_the_same_word_for_word():
@@ -2610,7 +3098,7 @@ def test_what_has_one_name_in_both_scripts_is_the_same_word_for_word():
     do = own(do_lt)
     more = own(more_lt)
     shared = (do.keys() & more.keys()) - DIFFER
-    assert len(shared) > 8
+    assert len(shared) >= 5
     assert [name for name in shared if do[name] != more[name]] == []
 
 def test_models_py_knows_no_runs():

@@ -4,6 +4,8 @@ run, beside their goals.
 
     make bench                                   ResNet-32, batch 128
     make bench BENCH="--photos FOLDER"           decoding and augmenting beside the bare step
+    make bench BENCH=--views                     views of large photographs that it makes itself
+    make bench BENCH=--many-classes              test time at 8,142 classes, and its memory
     python .ci/bench.py --arch resnet50 --size 224 --batch-size 64 --out bench.json
 
 The calls take turns, so that a machine that slows down slows all of them; after a round to warm
@@ -12,7 +14,9 @@ up, the median of five (of photographs fourteen short calls, an epoch of Caltech
 import argparse
 import json
 import os
+import resource
 import sys
+import tempfile
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,14 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
+from torchvision.datasets.folder import default_loader
 
 import do_lt
 import more_lt
-from data_lt import Dataset, Loader, Split, load_dataset
-from models import (Network, add_low_rank, add_owner_masks, build_model, clock, merge_low_rank,
-                    network_stats, owned_layers, precision_rates)
+from data_lt import (Dataset, DiskImages, Loader, Split, centre_view, commit, decode, load_dataset,
+                     random_view, start)
+from models import (Network, ResNetCifar, add_low_rank, add_owner_masks, build_model,
+                    choose_precision, clock, merge_low_rank, network_stats, owned_layers)
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 AMX = "amx_bf16" in CPU
@@ -94,8 +101,7 @@ class Calls:
         stats = network_stats(args.arch)
         self.classes = data.num_classes
         self.loader = Loader(data, device, args.batch_size, "strong", stats=stats)
-        rates = precision_rates(self.fresh(), data.size, device).tolist()
-        self.precision = ("fp32", "bf16")[int(np.argmax(rates))]
+        self.precision = choose_precision("auto", device)
         self.batch = next(self.loader.batches([np.arange(args.batch_size)], [0]))
 
     def fresh(self):
@@ -174,12 +180,12 @@ class Calls:
         model = add_low_rank(self.fresh()) if both else self.fresh()
         network = more_lt.TwoPasses(Network(model, "fp32"), both, detach)
         optimizer = more_lt.make_optimizer(model, RUN)
-        losses = [F.cross_entropy] * 2
         prior = torch.full((self.classes,), 1 / self.classes, device=self.device)
 
         def run():
-            plan = [(RATE, 1.0, False)] * self.args.steps
-            sums = more_lt.train(network, optimizer, self.batches(), plan, losses, prior, "mse")
+            plan = [(RATE, 1.0)] * self.args.steps
+            sums = more_lt.train(network, optimizer, self.batches(), plan, F.cross_entropy, prior,
+                                 "mse")
             sums[-1].item()
         return run
 
@@ -218,6 +224,118 @@ class Calls:
         return calls
 
 
+SIZES = [(4000, 3000), (1600, 1200), (500, 375)]
+
+
+def made_photographs(folder, size, n):
+    """n JPEG photographs of `size` (width, height) that the bench makes: shapes in soft noise."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(n):
+        small = rng.integers(0, 256, (size[1] // 16, size[0] // 16, 3), np.uint8)
+        image = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), np.int16)
+        grain = rng.integers(-6, 7, (*image.shape[:2], 1))
+        path = Path(folder) / f"{size[0]}_{i}.jpg"
+        Image.fromarray((image + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        paths.append(str(path))
+    return np.array(paths, dtype=object)
+
+
+def whole_view(path, seed=None):
+    """A view for training (with a seed) or testing by way of all pixels, as at 18def2d."""
+    image = decode(path)
+    if seed is None:
+        return T.functional.pil_to_tensor(T.CenterCrop(224)(T.Resize(256)(image)))
+    torch.manual_seed(seed)
+    box = T.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+    view = T.functional.resized_crop(image, *box, (224, 224))
+    return T.functional.pil_to_tensor(T.RandomHorizontalFlip()(view))
+
+
+def time_views(args, device):
+    """Views of 224 px of photographs of three sizes, images/s on one thread, and ratios."""
+    torch.set_num_threads(1)
+    usual = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), T.RandAugment(),
+                       T.ToTensor()])
+    calls = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES:
+            paths = made_photographs(folder, size, 8)
+            data = SimpleNamespace(size=(224, 224), resize=256)
+            source = DiskImages(data, paths, device, "strong", 0)
+            name = f"{size[0]} x {size[1]}"
+            n = len(paths)
+            kinds = {
+                "view": lambda paths: [random_view(p, i, (224, 224)) for i, p in enumerate(paths)],
+                "whole view": lambda paths: [whole_view(p, i) for i, p in enumerate(paths)],
+                "test view": lambda paths: [centre_view(p, (224, 224), 256) for p in paths],
+                "whole test view": lambda paths: [whole_view(p) for p in paths],
+                "torchvision": lambda paths: torch.stack([usual(default_loader(p)) for p in paths]),
+            }
+            for kind, call in kinds.items():
+                calls[f"{name} {kind}"] = (lambda call=call, paths=paths: call(paths), n)
+            calls[f"{name} loop"] = (lambda source=source, n=n: list(source.augmented(
+                [np.arange(n)], [0])), n)
+        rate = measure(calls, device, args.rounds)
+    ratios = []
+    for size, training, testing in zip(SIZES, (5, 2.5, 1), (4, 2, 1)):
+        name = f"{size[0]} x {size[1]}"
+        ratios += [
+            (f"{name}: training view / by way of all pixels",
+             rate[f"{name} view"] / rate[f"{name} whole view"], training, True),
+            (f"{name}: test view / by way of all pixels",
+             rate[f"{name} test view"] / rate[f"{name} whole test view"], testing, True),
+        ]
+    large = "4000 x 3000"
+    ratios.append((f"{large}: view and RandAugment / torchvision's usual pipeline",
+                   rate[f"{large} loop"] / rate[f"{large} torchvision"], 6, True))
+    return rate, ratios
+
+
+def time_many_classes(args, device):
+    """DO's test time at iNaturalist 2018's 8,142 classes, of three sub-models and views (images/s;
+    ResNet-20 at 16 px): the passes alone, and with the mixing; its memory above the passes'."""
+    classes, n = 8142, args.test_images
+    rng = np.random.default_rng(0)
+    counts = np.maximum(2, 1000 * 500.0 ** (-np.arange(classes) / (classes - 1))).astype(int)
+    images = rng.integers(0, 256, (n, 16, 16, 3), np.uint8)
+    split = Split(images, rng.integers(0, classes, n))
+    data = Dataset("bench", split, Split(images[:0], split.labels[:0]), split, counts,
+                   list(map(str, range(classes))), "", (16, 16), 16, False)
+    loader = Loader(data, device, 64)
+    networks = [Network(ResNetCifar(3, classes).to(device)) for _ in range(4)]
+    run = SimpleNamespace(order=["many", "medium", "few"], epochs=[1] * 3, lr=[1.0] * 3, rho=0.7,
+                          few_sampling="balanced", loss="compensation", views=2, seed=0)
+    stages = do_lt.make_stages(run, data, device)
+    kinds = {"product": [1 / 3] * 3 + [-1.0, 0.1], "ce": [1.0, 0.0, 0.0], "ce_la": [1.0, -1.0, 0.0]}
+
+    def passes():
+        """The networks and their softmax alone."""
+        loader.sweep(networks, "test", lambda logits, rows: {"p": logits.softmax(3)[0, 0, :, 0]},
+                     2, 0)
+
+    def peak():
+        """Memory at its highest so far, GiB."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = {}
+    memory = {}
+    for name, call in (("passes", passes), ("test time", lambda: do_lt.aggregate(
+            networks, kinds, stages, loader, run))):
+        began = clock(device)
+        call()
+        seconds[name] = clock(device) - began
+        memory[name] = peak()
+    rate = {name: n / value for name, value in seconds.items()}
+    mixing = (seconds["test time"] - seconds["passes"]) / seconds["passes"]
+    more = memory["test time"] - memory["passes"]
+    return rate, [
+        (f"8,142 classes, {n:,} images: mixing over the passes, in time", mixing, 0.25, False),
+        (f"8,142 classes, {n:,} images: memory above the passes', GiB", more, 2.0, False),
+    ]
+
+
 def ratios_of(rate):
     """[(label, value, goal, whether the goal is a least value)]."""
     if len(rate) == 2:
@@ -248,6 +366,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="time the steps of both scripts")
     parser.add_argument("--photos", metavar="FOLDER",
                         help="time this folder's photographs (then EfficientNet-Lite0 at 96 px)")
+    parser.add_argument("--views", action="store_true", help="time views of large photographs")
+    parser.add_argument("--many-classes", action="store_true",
+                        help="time DO's test time at 8,142 classes")
+    parser.add_argument("--test-images", type=int, default=2048, help="for --many-classes")
     parser.add_argument("--arch")
     parser.add_argument("--size", type=int)
     parser.add_argument("--batch-size", type=int)
@@ -265,30 +387,43 @@ def main(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.precision = "auto"
-    device = do_lt.start(args)
+    device = start(args)
     torch.manual_seed(0)
+    if args.views or args.many_classes:
+        measured = time_views if args.views else time_many_classes
+        with torch.no_grad():
+            rate, ratios = measured(args, device)
+        what = "views of photographs, 224 px, one thread" if args.views else "test time"
+        return report(args, what, rate, ratios, device, {})
     calls = Calls(args, device)
     rate = measure(calls.all(), device, args.rounds)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         build_model(args.arch, CLASSES).eval()(torch.zeros(1, 3, args.size, args.size))
+    flops = counter.get_total_flops() / 1e6
+    what = (f"{args.arch}, {args.size} px, batch {args.batch_size}, {calls.precision}; "
+            f"{flops:,.0f} MFLOP per image")
+    about = {"arch": args.arch, "size": args.size, "batch_size": args.batch_size,
+             "precision": calls.precision}
+    return report(args, what, rate, ratios_of(rate), device, about)
+
+
+def report(args, what, rate, ratios, device, about):
+    """Print the figures and write them into --out; returns the rates."""
     names = [line.split(":")[1].strip() for line in CPU.splitlines()
              if line.startswith("model name")]
     kind = torch.cuda.get_device_name() if device.type == "cuda" else (names or ["cpu"])[0]
     note = (f"{kind}, {torch.get_num_threads()} threads, AMX {'yes' if AMX else 'no'}, torch "
             f"{torch.__version__}")
-    print(f"{args.arch}, {args.size} px, batch {args.batch_size}, {calls.precision}; {note}; "
-          f"{counter.get_total_flops() / 1e6:,.0f} MFLOP per image")
+    print(f"{what}; {note}")
     for name, value in rate.items():
-        print(f"  {name:22}{value:12,.0f} images/s")
-    ratios = ratios_of(rate)
+        print(f"  {name:30}{value:12,.1f} images/s")
     for label, value, goal, least in ratios:
         met = value >= goal if least else value <= goal
         sign = ">=" if least else "<="
-        print(f"  {label:56}{value:8.3f}   goal {sign} {goal:g}{'' if met else '   MISSED'}")
+        print(f"  {label:62}{value:8.3f}   goal {sign} {goal:g}{'' if met else '   MISSED'}")
     if args.out:
-        result = {"note": note, "git": do_lt.commit(), "arch": args.arch, "size": args.size,
-                  "batch_size": args.batch_size, "precision": calls.precision, "rates": rate,
-                  "ratios": {label: [value, goal] for label, value, goal, _ in ratios}}
+        result = {"note": note, "git": commit(), "rates": rate,
+                  "ratios": {label: [value, goal] for label, value, goal, _ in ratios}} | about
         Path(args.out).write_text(json.dumps(result, indent=1))
     return rate
 

@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data_lt import draw_bars, longtail_counts
+from data_lt import longtail_counts
 
 GROUPS = ("many", "medium", "few", "all")
 SHIFTS = ("forward:50", "forward:10", "all", "backward:10", "backward:50")
@@ -93,6 +93,23 @@ TABLES = {
          [VIEWS] * 2, ""),
     ]),
 }
+
+
+def draw_bars(path, title, rows, columns):
+    """The numbers of a `table` as bars, side by side for each column, in a PNG (matplotlib)."""
+    from matplotlib.figure import Figure
+
+    x = np.arange(len(columns))
+    width = 0.8 / len(rows)
+    figure = Figure((3 + 1.1 * len(columns), 3.2), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    axes.set_xticks(x + 0.4 - width / 2, columns)
+    for i, (label, values) in enumerate(rows.items()):
+        heights = np.array([values[c] for c in columns], float)
+        hatch = "/" if i >= 10 else ""  # matplotlib has ten colours
+        axes.bar(x + width * i, heights, width, label=label, hatch=hatch)
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def counts_of(result):
