@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -880,17 +881,6 @@ class Loader:
         found = [network(normalize(x, self.mean, self.std)) for x in images.split(at_once)]
         return torch.cat(found)
 
-    def predict(self, network, part, views=0, seed=0):
-        """Logits of a split's images and of random views of each, float32 (1 + views) x N x K on
-        the device; see sweep."""
-        def take(logits, rows):
-            """All of them."""
-            return {"logits": logits[0].transpose(0, 1)}
-        found = self.sweep([network], part, take, views, seed)
-        if not found:
-            return torch.zeros(1 + views, 0, self.data.num_classes, device=self.device)
-        return found["logits"].transpose(0, 1)
-
     def answers(self, network, part):
         """The `answers` of a network to a split's clean images, N x 2."""
         def take(logits, rows):
@@ -970,7 +960,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     shown = image_size(source, train.images, size, arrays)
     name = str(arrays.get("name", name))
     data = Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
-    warn_of_twins(data, marks_of(data))
+    warn_of_twins(data)
     return data
 
 def read_dataset(name, root, lists, split_seed, columns, group):
@@ -1455,14 +1445,11 @@ def marks_of(data):
     row of pixels, of photographs a hash of the file's size and end.
 
     So the headers of all photographs are opened, in parallel and with progress. Raises InputError
-    with the number of those that cannot be read, and the first. Process 0 alone; others get none.
+    with the number of those that cannot be read, and the first.
     """
-    if RANK:
-        return []
+    images = [image for part in PARTS for image in getattr(data, part).images]
     if not on_disk(data.train.images):
-        splits = [getattr(data, part).images for part in PARTS]
-        return [bytes(row) for images in splits for row in images[:, images.shape[1] // 2]]
-    paths = [path for part in PARTS for path in getattr(data, part).images]
+        return [image[len(image) // 2].tobytes() for image in images]
     bad = []
 
     def mark(path):
@@ -1476,33 +1463,34 @@ def marks_of(data):
             bad.append(f"{path} ({type(error).__name__})")
     marks = []
     with ThreadPoolExecutor(16) as pool:
-        for start in range(0, len(paths), 1000):
-            some = paths[start : start + 1000]
-            marks += pool.map(mark, some)
-            if len(paths) >= 2000:
-                show_progress("photographs checked", start + len(some), len(paths))
+        for start in range(0, len(images), 1000):
+            marks += pool.map(mark, images[start : start + 1000])
+            if len(images) >= 2000:
+                show_progress("photographs checked", len(marks), len(images))
     if bad:
-        raise InputError(f"{len(bad):,} of {len(paths):,} photographs cannot be read, the first: "
+        raise InputError(f"{len(bad):,} of {len(images):,} photographs cannot be read, the first: "
                          f"{min(bad)}; replace or remove them")
     return marks
 
-def warn_of_twins(data, marks):
-    """Print how many images are in two parts or in two classes. marks: see marks_of."""
-    places = [(part, i) for part in PARTS for i in range(len(getattr(data, part)))]
-    first = {}
+def warn_of_twins(data):
+    """Print how many images are in two parts or in two classes. Raises InputError for photographs
+    that cannot be read. Process 0 alone."""
+    if RANK:
+        return
     twins = {"parts": [], "classes": []}
-    for place, mark in zip(places, marks):
+    first = {}
+    places = [(part, i) for part in PARTS for i in range(len(getattr(data, part)))]
+    for place, mark in zip(places, marks_of(data)):
         twin = first.setdefault(mark, place)
-        a, b = (getattr(data, part).images[i] for part, i in (twin, place))
-        on_file = isinstance(a, str)
-        if twin is place or not (filecmp.cmp(a, b, False) if on_file else np.array_equal(a, b)):
-            continue
-        label, other = (getattr(data, part).labels[i] for part, i in (twin, place))
-        said = f"{b} is {a}" if on_file else f"image {place[1]} of {place[0]} is {twin[1]} of {twin[0]}"
-        if twin[0] != place[0]:
-            twins["parts"].append(said)
-        elif not np.array_equal(label, other):
-            twins["classes"].append(said)
+        (image, label), (other, other_label) = (
+            (getattr(data, part).images[i], getattr(data, part).labels[i])
+            for part, i in (place, twin))
+        same = filecmp.cmp if isinstance(image, str) else np.array_equal
+        where = "parts" if place[0] != twin[0] else "classes"
+        harmless = where == "classes" and np.array_equal(label, other_label)
+        if place != twin and not harmless and same(image, other):
+            names = (image, other) if isinstance(image, str) else (place, twin)
+            twins[where].append("{} is {}".format(*names))
     for where, found in twins.items():
         if found:
             print(f"warning: {len(found):,} images are in two {where}, so figures will be wrong: "
@@ -1987,7 +1975,7 @@ PLACES = np.array([0, 2, 4, 6, 8, 9, 7, 5, 3, 1])
 WAVELENGTHS = 12.5 / 1.13 ** np.arange(10)  # pixels
 
 def draw_ripples(labels, rng):
-    """uint8 n x 32 x 32 x 3: concentric waves, whose length is their class, in noise.
+    """uint8 n x 24 x 24 x 3: concentric waves, whose length is their class, in noise.
 
     Centre, phase and colours are random, and so is the wavelength by about a third of the step
     from one class to the next: neighbours are confused, and a network settles the doubt in favour
@@ -1996,19 +1984,19 @@ def draw_ripples(labels, rng):
     n = len(labels)
     step = PLACES[labels] + rng.normal(0, 0.35, n)
     length = (WAVELENGTHS[0] / 1.13**step)[:, None, None]
-    cx, cy = rng.uniform(8, 24, (2, n, 1, 1))
-    yy, xx = np.mgrid[:32, :32]
+    cx, cy = rng.uniform(6, 18, (2, n, 1, 1))
+    yy, xx = np.mgrid[:24, :24]
     distance = np.hypot(xx - cx, yy - cy)
     phase = distance / length + rng.random((n, 1, 1))
     wave = np.sin(2 * np.pi * phase)[..., None]
     back = rng.uniform(60, 190, (n, 1, 1, 3))
     ink = rng.uniform(-60, 60, (n, 1, 1, 3))
-    noise = rng.normal(0, 40, (n, 32, 32, 3))
+    noise = rng.normal(0, 40, (n, 24, 24, 3))
     images = back + ink * wave + noise
     return images.clip(0, 255).astype(np.uint8)
 
 def read_synth(root, lists, split_seed):
-    """Ten classes of 32x32 images (draw_ripples), per class 300 for training, of which the
+    """Ten classes of 24x24 images (draw_ripples), per class 300 for training, of which the
     long-tailed draw keeps a part, 30 for validation and 60 for testing."""
     rng = np.random.default_rng(split_seed)
     names = [f"ripples of {length:.1f} px" for length in WAVELENGTHS[PLACES]]
@@ -2055,12 +2043,10 @@ def number(kind=float, least=-math.inf, above=-math.inf, most=math.inf, below=ma
     def read(text):
         """The number that the text says; argparse shows what is raised."""
         value = kind(text)
-        inside = least <= value <= most and above < value < below
-        if not inside or not math.isfinite(value):
+        if not (least <= value <= most and above < value < below and math.isfinite(value)):
             limits = {"at least": least, "above": above, "at most": most, "below": below}
-            said = [f"{word} {n:g}" for word, n in limits.items() if math.isfinite(n)]
-            must = " and ".join(said) or "finite"
-            raise argparse.ArgumentTypeError(f"{text}: must be {must}")
+            must = [f"{word} {n:g}" for word, n in limits.items() if math.isfinite(n)]
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(must) or 'finite'}")
         return value
 
     read.__name__ = kind.__name__  # for "invalid float value"
@@ -2203,6 +2189,46 @@ def run_name(method, args):
     arch = args.arch.replace(":", "_")
     paper = "_paper" * (args.recipe == "paper")
     return f"runs/{method}_{Path(args.dataset).resolve().stem}{imb}_{arch}{paper}_seed{args.seed}"
+
+def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
+    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
+    `warmup` epochs of rise."""
+    done = epoch + np.arange(steps) / steps
+    shape = np.ones(steps)
+    if schedule == "cosine":
+        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
+    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
+    return (peak * shape * rise).tolist()
+
+def finish(run, method, chosen, saved, loader):
+    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
+    found, and how it was made. Returns the result."""
+    args = run.args
+    report = run.report
+    folder = run.folder
+    result = {
+        "method": method,
+        "metric": "mAP" if loader.data.multi_label else "top-1",
+        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
+        "per_class": chosen["per_class"],
+        "ece": chosen["ece"],
+        "class_names": run.data["class_names"],
+        "counts": run.data["counts"],
+        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
+        "device": device_name(loader.device),
+        "torch": torch.__version__,
+        "git": commit(),
+        "args": vars(args),
+    }
+    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
+        result[key] = getattr(args, key)
+    report.pop("log")  # it is in log.csv
+    result |= report
+    write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
+    write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
+    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
+    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
+    return result
 
 MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists", "weights",
                         "views", "workers", "compile"}

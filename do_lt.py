@@ -18,9 +18,7 @@ they train on in every stage, and each stage keeps a copy for its sub-model.
     python do_lt.py --dataset PHOTOS                                 fine-tune on PHOTOS/train/CLASS
     python models.py runs/NAME/model.pt PHOTOS                       label new photographs
 """
-import json
 import math
-import shlex
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +32,11 @@ from scipy.optimize import minimize
 from torch.optim.swa_utils import update_bn
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, answers, argument_parser, find_checkpoint,
-                     class_groups, commit, device_name, either, fingerprint, group_means,
-                     load_from_flags, note_part, number, reading,
-                     run_script, run_name, seed_from, several, show_progress, start, stop_unless_finite,
-                     table, top_1, write_csv, write_file)
+                     add_system_arguments, all_sum, answers, argument_parser, class_groups, either,
+                     find_checkpoint, fingerprint, finish, group_means, learning_rates,
+                     load_from_flags, note_part, number, reading, run_name, run_script, seed_from,
+                     several, show_progress, start, stop_unless_finite, table, top_1, write_csv,
+                     write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, choose_precision,
                     classifier_content, clock, keep_stage_rest, memory_format, network_stats,
                     owned_layers, plain_state, say_share, submodel_state, synchronized)
@@ -50,7 +48,7 @@ PHOTOGRAPHS = dict(arch="resnet50", batch_size=256, rho=0.8)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(order="many,few", epochs=[150, 50], mixup=0.4),  # chosen on validation images
-    "synth": dict(arch="resnet20", epochs=[20, 8, 8], lr=[0.05, 0.05, 0.05], batch_size=32,
+    "synth": dict(arch="resnet20", epochs=[12, 5, 5], lr=[0.05, 0.05, 0.05], batch_size=32,
                   aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
@@ -683,15 +681,14 @@ def fit_weights(logp, labels, counts, start, pull):
     found = minimize(loss, start.cpu().numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
     return torch.tensor(found.x, dtype=torch.float32, device=logp.device)
 
-def fit_product(logp, labels, counts, start, pulls=(1, 8), folds=5):
+def fit_product(logp, labels, counts, start, pulls=(0.25, 2), folds=5):
     """Weights of product_of_experts from validation images, float (T + 2,); `start`, the equal
     ones, where the images do not settle others. Not in the paper.
 
     They calibrate the sub-models (Guo et al., ICML 2017) and take off their priors (Menon et al.,
     ICLR 2021). How strongly `start` draws them is what gives the least log loss on each fifth of
     the images with weights from the others; they are kept if they also classify more of these
-    images right than `start` does, by more than the standard error. logp: T x N x K; labels: int
-    (N,); counts: (K,).
+    images right than `start` does. logp: T x N x K; labels: int (N,); counts: (K,).
     """
     logp = logp.float()
     labels = torch.as_tensor(labels, device=logp.device)
@@ -710,11 +707,11 @@ def fit_product(logp, labels, counts, start, pulls=(1, 8), folds=5):
     losses = {pull: (share * F.cross_entropy(logits, labels, reduction="none")).sum().item()
               for pull, logits in left_out.items()}
     pull = min(losses, key=losses.get)
-    before = product_of_experts(logp, start, counts).argmax(1) == labels
-    gain = (left_out[pull].argmax(1) == labels).float() - before.float()
-    mean = (share * gain).sum()
-    error = (share * (gain - mean)).square().sum().sqrt()
-    return fit_weights(logp, labels, counts, start, pull) if mean > error else start
+    right = [(share * (logits.argmax(1) == labels)).sum()
+             for logits in (left_out[pull], product_of_experts(logp, start, counts))]
+    if right[0] <= right[1] + 1e-6:
+        return start
+    return fit_weights(logp, labels, counts, start, pull)
 
 def enough_to_fit(labels, stages, num_classes):
     """Whether each stage's group has at least 5 validation images in at least half of its
@@ -986,16 +983,6 @@ def distribute(network):
         return network
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
-def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
-    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
-    `warmup` epochs of rise."""
-    done = epoch + np.arange(steps) / steps
-    shape = np.ones(steps)
-    if schedule == "cosine":
-        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
-    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
-    return (peak * shape * rise).tolist()
-
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
@@ -1019,12 +1006,9 @@ class Run:
             self.lock = FileLock(self.folder / "lock")
             if RANK == 0:
                 self.lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"--out {self.folder}: another run writes into it; give another "
-                             "folder") from None
-        except OSError as error:
-            raise InputError(f"--out {self.folder}: cannot be made a folder or written "
-                             f"({error.strerror}); give another") from None
+        except (OSError, Timeout) as error:
+            raise InputError(f"--out {self.folder}: cannot be made a folder or written, or another "
+                             f"run writes into it ({type(error).__name__}); give another") from None
 
     def __exit__(self, *error):
         self.lock.release()
@@ -1053,36 +1037,6 @@ class Run:
             self.headed = True
         cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
         print(*(f"{cell:>9}" for cell in cells), flush=True)
-
-def finish(run, method, chosen, saved, loader):
-    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
-    found, and how it was made. Returns the result."""
-    args = run.args
-    report = run.report
-    folder = run.folder
-    result = {
-        "method": method,
-        "metric": "mAP" if loader.data.multi_label else "top-1",
-        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
-        "per_class": chosen["per_class"],
-        "ece": chosen["ece"],
-        "class_names": run.data["class_names"],
-        "counts": run.data["counts"],
-        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
-        "device": device_name(loader.device),
-        "torch": torch.__version__,
-        "git": commit(),
-        "args": vars(args),
-    }
-    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
-        result[key] = getattr(args, key)
-    report.pop("log")  # it is in log.csv
-    result |= report
-    write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
-    write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
-    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
-    return result
 
 if __name__ == "__main__":
     run_script(main)

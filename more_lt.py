@@ -16,9 +16,7 @@ full paper; the equations follow secondary descriptions.
     python models.py runs/NAME/model.pt PHOTOS                        label new photographs
 """
 import copy
-import json
 import math
-import shlex
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +25,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from torch.nn.utils import parametrize
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, answers, argument_parser, find_checkpoint,
-                     commit, device_name, fingerprint, group_means, listed, load_from_flags,
-                     note_part, number, reading, run_script, run_name, seed_from,
-                     start, stop_unless_finite, table, top_1, write_csv, write_file)
+                     fingerprint, finish, group_means, learning_rates, listed, load_from_flags,
+                     note_part, number, reading, run_name, run_script, seed_from, start,
+                     stop_unless_finite, table, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, choose_precision,
                     classifier_content, clock, general_only, memory_format, merge_low_rank,
                     network_stats, plain_state, say_share, synchronized)
@@ -46,7 +45,7 @@ MULTI_LABEL = dict(arch="resnet50", epochs=80, optimizer="adamw", lr=0.02, batch
 RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(mixup=0.4),
-    "synth": dict(arch="resnet20", epochs=24, lr=0.05, batch_size=32, aug="basic", warmup=1),
+    "synth": dict(arch="resnet20", epochs=14, lr=0.05, batch_size=32, aug="basic", warmup=1),
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS,
@@ -593,8 +592,8 @@ def main(argv=None):
             add_low_rank(model, args.rank_ratio)
         except ValueError as error:
             raise InputError(f"--arch {args.arch}: {error}; take another") from None
-        terms = [m for m in model.modules() if isinstance(m, LowRank)]
-        say_share(model, terms, "are W_g + B A")
+        layers = [m for m in model.modules() if parametrize.is_parametrized(m)]
+        say_share(model, layers, "are W_g + B A")
         if not low_rank_share(model):
             raise InputError(f"--rank-ratio {args.rank_ratio:g}: A and B would be as large as the "
                              "weights, so none is split; take less")
@@ -649,16 +648,6 @@ def distribute(network):
         return network
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
-def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
-    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
-    `warmup` epochs of rise."""
-    done = epoch + np.arange(steps) / steps
-    shape = np.ones(steps)
-    if schedule == "cosine":
-        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
-    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
-    return (peak * shape * rise).tolist()
-
 class Run:
     """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
@@ -682,12 +671,9 @@ class Run:
             self.lock = FileLock(self.folder / "lock")
             if RANK == 0:
                 self.lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"--out {self.folder}: another run writes into it; give another "
-                             "folder") from None
-        except OSError as error:
-            raise InputError(f"--out {self.folder}: cannot be made a folder or written "
-                             f"({error.strerror}); give another") from None
+        except (OSError, Timeout) as error:
+            raise InputError(f"--out {self.folder}: cannot be made a folder or written, or another "
+                             f"run writes into it ({type(error).__name__}); give another") from None
 
     def __exit__(self, *error):
         self.lock.release()
@@ -716,36 +702,6 @@ class Run:
             self.headed = True
         cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
         print(*(f"{cell:>9}" for cell in cells), flush=True)
-
-def finish(run, method, chosen, saved, loader):
-    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
-    found, and how it was made. Returns the result."""
-    args = run.args
-    report = run.report
-    folder = run.folder
-    result = {
-        "method": method,
-        "metric": "mAP" if loader.data.multi_label else "top-1",
-        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
-        "per_class": chosen["per_class"],
-        "ece": chosen["ece"],
-        "class_names": run.data["class_names"],
-        "counts": run.data["counts"],
-        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
-        "device": device_name(loader.device),
-        "torch": torch.__version__,
-        "git": commit(),
-        "args": vars(args),
-    }
-    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
-        result[key] = getattr(args, key)
-    report.pop("log")  # it is in log.csv
-    result |= report
-    write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
-    write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
-    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
-    return result
 
 if __name__ == "__main__":
     run_script(main)
