@@ -43,6 +43,8 @@ test: .venv/ready
 
 bench: .venv/ready  ## idle machine, please
 	$(V) .ci/bench.py $(BENCH)
+	$(if $(BENCH),,$(V) .ci/bench.py --views)
+	$(if $(BENCH),,$(V) .ci/bench.py --many-classes)
 
 gpu:  ## on a machine with CUDA: GPU="--data FILE.npz"
 	$(if $(wildcard .venv/ready),$(V),$(PYTHON)) .ci/gpu.py $(GPU)

@@ -73,7 +73,8 @@ def find_device(name):
             raise RuntimeError("take auto, cpu or cuda")
         return torch.zeros(1, device=device).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available ({why(error)}); use --device cpu") from None
+        raise InputError(f"--device {name} is not available ({why(error)}); use "
+                         "--device cpu") from None
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or file, what is wrong and what to do.
@@ -1543,10 +1544,11 @@ def locate(arrays, root, skip_missing=False):
         if there.all():
             continue
         gone = paths[~there]
-        said = f"{len(gone):,} of {len(paths):,} {part} images are not below {root}, {gone[0]} first"
+        said = (f"{len(gone):,} of {len(paths):,} {part} images are not below {root}, {gone[0]} "
+                "first")
         if not skip_missing:
-            raise InputError(f"{said}; give the folder that holds them as --data-root, or leave them "
-                             "out with --skip-missing")
+            raise InputError(f"{said}; give the folder that holds them as --data-root, or leave "
+                             "them out with --skip-missing")
         labels = np.asarray(arrays[f"{part}_labels"])
         lost = class_counts(labels[~there], len(arrays["class_names"]))
         most = [f"{arrays['class_names'][c]} {lost[c]}" for c in np.argsort(-lost)[:5] if lost[c]]
@@ -1684,8 +1686,8 @@ def read_table(path, root, split_seed, columns=None, group=None):
     for name in {image, chosen[0]}:
         if "" in table[name]:
             raise InputError(f"{path}: {table[name].count('')} cells of column {name} are empty, "
-                             f"image {table[name].index('') + 1} first; fill them in, or remove the "
-                             "lines")
+                             f"image {table[name].index('') + 1} first; fill them in, or remove "
+                             "the lines")
     if len(chosen) == 1:
         names, labels = cell_labels(table[chosen[0]])
     else:
@@ -1694,8 +1696,8 @@ def read_table(path, root, split_seed, columns=None, group=None):
     first = {}
     for i, name in enumerate(paths):
         if not np.array_equal(labels[first.setdefault(name, i)], labels[i]):
-            raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, or "
-                             "give all labels of an image in one cell, with | between")
+            raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, "
+                             "or give all labels of an image in one cell, with | between")
     classes = labels if labels.ndim == 1 else rarest_labels(labels)
     rows = sorted(first.values(), key=lambda i: (classes[i], paths[i]))  # as folders would be read
     paths = np.array(paths, dtype=object)[rows]
@@ -2230,8 +2232,8 @@ def finish(run, method, chosen, saved, loader):
     print(f"\nresult: {folder}/result.json; label photographs with: {command}")
     return result
 
-MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists", "weights",
-                        "views", "workers", "compile"}
+MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
+                        "weights", "views", "workers", "compile"}
 
 def find_checkpoint(args, data):
     """The checkpoint in --out of the run to resume, else {}. Raises InputError, also for one of a

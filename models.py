@@ -201,8 +201,8 @@ def read_weights(path):
             if not found:
                 raise
             raise InputError(
-                f"{path}: holds {found[1] or found[2]}, and loading that may run code; if you trust "
-                f"the file, keep its tensors alone: state = torch.load({str(path)!r}, "
+                f"{path}: holds {found[1] or found[2]}, and loading that may run code; if you "
+                f"trust the file, keep its tensors alone: state = torch.load({str(path)!r}, "
                 "weights_only=False)['state_dict']; torch.save(state, 'weights.pt')") from None
     return dict(tensors_in(content))
 
@@ -334,8 +334,8 @@ def check_left_over(path, state, body, heads):
     for key in state:
         known = key in body or any(f"{key}.".startswith(f"{head}.") for head in heads)
         if not known and key.split(".")[0] in roots | {key} - {"mask_token"}:
-            raise InputError(f"--weights {path}: {key} has no place in this network, which computes "
-                             "something else without it; give the --arch that it was trained with")
+            raise InputError(f"--weights {path}: {key} has no place in this network, which "
+                             "computes something else without it; give the --arch that it was trained with")
 
 def weight_layers(model):
     """{name: layer} of the convolutions and linear layers, the classifier among them."""
@@ -390,7 +390,8 @@ def choose_precision(name, device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
     elif hasattr(torch.cpu, "get_capabilities"):
-        native = any(there for flag, there in torch.cpu.get_capabilities().items() if "bf16" in flag)
+        known = torch.cpu.get_capabilities()
+        native = any(there for flag, there in known.items() if "bf16" in flag)
     else:  # torch before 2.9
         native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if name == "bf16" and not native:
@@ -468,10 +469,12 @@ class LowRank(nn.Module):
     """W = W_g + B A as a parametrisation of a weight out x in x k x k, in the layout that loralib
     made usual for convolutions.
 
-    B is (out k) x (r k), A is (r k) x (in k), their product viewed as the weight; the rank is r =
-    max(1, int(ratio * min(in, out))). k = 1 for linear weights and for kernels that are not
-    square, which belong to the inputs then. A is Kaiming normal, B zero: the network computes
-    what it did.
+    B is (out k) x (r k), A is (r k) x (in k), their product viewed as the weight. "Rank" is r =
+    max(1, int(ratio * min(in, out))) channels, as in the literature; as a matrix the product has
+    rank r k, and the update of the convolution, out x (in k k), reaches rank min(out, r k k): a
+    3x3 one at ratio 0.1 nearly any update. k = 1 for linear weights and for kernels that are not
+    square, which belong to the inputs then: there the update has rank r. A is Kaiming normal, B
+    zero: the network computes what it did.
     """
 
     def __init__(self, weight, ratio):

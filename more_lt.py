@@ -40,8 +40,8 @@ from models import (Classifier, LowRank, Network, add_low_rank, build_model, cho
 
 # Defaults by dataset. Every value is a flag.
 PHOTOGRAPHS = dict(arch="resnet50", batch_size=256)
-MULTI_LABEL = dict(arch="resnet50", epochs=80, optimizer="adamw", lr=0.02, batch_size=32,
-                   pretrained=1, warmup=0)
+MULTI_LABEL = dict(arch="resnet50", epochs=80, optimizer="adamw", lr=0.02, low_rank_rate=0.1,
+                   batch_size=32, pretrained=1, warmup=0)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(mixup=0.4),
@@ -69,7 +69,8 @@ RECIPES = {
         optimizer="sgd",
         weight_decay=5e-4,
         adamw_lr=1e-3,
-        adamw_weight_decay=0.05,
+        adamw_weight_decay=0.01,
+        low_rank_rate=1.0,   # rate of A and B over that of the other weights
         low_rank_decay=0.0,  # of A and B
         discrepancy="mse",
     ),
@@ -131,6 +132,7 @@ def parse_args(argv=None):
     add("--schedule", choices=["sin", "constant"], default="sin", help="of the loss weight")
     add("--detach-general", action="store_true",
         help="no gradient through the general pass: cheaper")
+    add("--low-rank-rate", type=number(above=0), help="rate of A and B over the other weights'")
     add("--low-rank-decay", type=number(least=0), help="weight decay of A and B")
 
     add_system_arguments(parser)
@@ -174,8 +176,8 @@ def settle(args, data):
         if args.precision == "auto":
             args.precision = "fp32"
         if args.precision == "bf16":
-            print("--precision bf16: its rounding is larger than the discrepancy of the two passes, "
-                  "so MORE trains on noise; take fp32")
+            print("--precision bf16: its rounding is larger than the discrepancy of the two "
+                  "passes, so MORE trains on noise; take fp32")
     method = "base" if args.no_more else "more"
     args.out = args.out or run_name(f"{method}_{args.loss}", args)
 
@@ -321,14 +323,18 @@ class TwoPasses(nn.Module):
 
 def make_optimizer(model, args):
     """SGD with momentum 0.9 (Nesterov's, but not in the paper), or AdamW; A and B have a weight
-    decay of their own."""
+    decay and a rate of their own.
+
+    Where images have several labels the recipe gives them a tenth of the rate, which is not in the
+    paper: the discrepancy loss is steep along B (its curvature is 2 a(t) pi |dlogits/dB|^2), and at
+    the full rate B oscillates and shakes W_g with it."""
     terms = [m for m in model.modules() if isinstance(m, LowRank)]
     factors = [p for term in terms for p in term.parameters()]
     known = set(factors)
     others = [p for p in model.parameters() if p not in known]
     groups = [
-        {"params": others, "weight_decay": args.weight_decay},
-        {"params": factors, "weight_decay": args.low_rank_decay},
+        {"params": others, "weight_decay": args.weight_decay, "scale": 1.0},
+        {"params": factors, "weight_decay": args.low_rank_decay, "scale": args.low_rank_rate},
     ]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr)
@@ -349,7 +355,7 @@ def train(network, optimizer, batches, plan, base, prior, discrepancy):
     more_sum = torch.zeros_like(prior[0])
     for (x, targets), (rate, weight) in zip(batches, plan):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         full, general = network(x)
         loss = sum(share * base(full, labels) for share, labels in targets)
         rebalancing = torch.zeros_like(loss)
@@ -485,8 +491,8 @@ def scored(logits, split, data):
 
 def tested(network, part, loader, views=0, seed=0, adjustments=None):
     """{kind: scored} of a network on a split's clean images, of the mean over random views of them
-    too, and of both once more with each of `adjustments` {name: (K,)} added to the log-probabilities.
-    With one label per image in one sweep that keeps no logits."""
+    too, and of both once more with each of `adjustments` {name: (K,)} added to the
+    log-probabilities. With one label per image no logits are kept."""
     data = loader.data
     split = getattr(data, part)
     kinds = {part: None} | {f"{part}, {name}": added for name, added in (adjustments or {}).items()}
@@ -506,8 +512,8 @@ def tested(network, part, loader, views=0, seed=0, adjustments=None):
         found = variants(logits[0])
         return found if data.multi_label else {kind: answers(z) for kind, z in found.items()}
     score = scored if data.multi_label else top_1
-    found = loader.sweep([network], part, take, views, seed)
-    return {kind: score(z, split, data) for kind, z in found.items()} or {part: top_1(None, split, data)}
+    found = loader.sweep([network], part, take, views, seed) or {part: None}
+    return {kind: score(z, split, data) for kind, z in found.items()}
 
 class GeneralOnly(nn.Module):
     """The network with W_g alone."""

@@ -43,7 +43,7 @@ AMX = "amx_bf16" in CPU
 CLASSES = 100
 RATE = 0.01
 RUN = SimpleNamespace(weight_decay=5e-4, recipe="default", optimizer="sgd", lr=RATE,
-                      low_rank_decay=0.0)  # the flags that make_optimizer reads
+                      low_rank_decay=0.0, low_rank_rate=1.0)  # the flags that make_optimizer reads
 
 
 def measure(calls, device, rounds=5):
@@ -232,9 +232,9 @@ SIZES = [(4000, 3000), (1600, 1200), (500, 375)]
 
 
 def made_photographs(folder, size, n):
-    """n JPEG photographs of `size` (width, height) that the bench makes: patches of colour, as sharp
-    as real photographs that are enlarged (0.7 MB at 12 megapixels), where decoding all pixels costs
-    most; the more detail a file holds, the more of the time goes into reading it at any scale."""
+    """n JPEG photographs of `size` (width, height) that the bench makes: soft patches of colour, as
+    real photographs are when they are enlarged to 12 megapixels. The more detail a file holds, the
+    more of the time goes into reading it, at any scale."""
     rng = np.random.default_rng(0)
     paths = []
     for i in range(n):
