@@ -267,11 +267,15 @@ def expected_calibration_error(confidence, correct, bins=15):
     share = gap.abs().sum() / len(correct)
     return float(100 * share)
 
-def answers(logits):
+def likeliest(probs):
     """The likeliest class of each image and its probability, float64 n x 2: all that top_1 needs
-    of logits n x K (or log-probabilities)."""
-    confidence = logits.softmax(1).amax(1)
-    return torch.stack([logits.argmax(1).double(), confidence.double()], 1)
+    of probabilities n x K."""
+    confidence, predicted = probs.max(1)
+    return torch.stack([predicted.double(), confidence.double()], 1)
+
+def answers(logits):
+    """likeliest, from logits n x K (or log-probabilities)."""
+    return likeliest(logits.softmax(1))
 
 def top_1(found, split, data):
     """Top-1 accuracy by group and per class, and ECE, from the `answers` N x 2 of a split's

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import update_bn
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, answers, argument_parser, class_groups, either,
-                     find_checkpoint, fingerprint, finish, group_means, learning_rates,
+                     find_checkpoint, fingerprint, finish, group_means, learning_rates, likeliest,
                      load_from_flags, note_part, number, reading, run_name, run_script, seed_from,
                      several, show_progress, start, stop_unless_finite, table, top_1, write_csv,
                      write_file)
@@ -752,7 +752,8 @@ def mixtures(probs, truth, route, lattice):
     lambda comes from the first two random views.
     """
     mean = probs.mean(1)
-    instance = instance_weights(probs[:, 1], probs[:, 2])
+    agree = agreement(probs[:, 1].double(), probs[:, 2].double(), lattice)
+    instance = lattice[agree.argmax(1)].float()  # Eq. 5, as in instance_weights
     likely = mean.amax(0).topk(min(128, mean.shape[2])).indices.sort(1).values
     mixed = {
         "instance": torch.einsum("tuk,ut->uk", mean, instance),
@@ -760,12 +761,12 @@ def mixtures(probs, truth, route, lattice):
         "oracle": torch.einsum("tuk,ut->uk", mean, route[truth]),
     }
     mixed |= {f"alone {t}": p for t, p in enumerate(mean)}
-    return {name: answers(p.log()) for name, p in mixed.items()} | {
+    return {name: likeliest(p) for name, p in mixed.items()} | {
         "lambda": instance,
         "right": (mean.argmax(2) == truth).any(0).float(),
         "likely": likely,
         "likely probs": torch.stack([p.gather(1, likely) for p in mean], 1),  # n x T x m
-        "agreement": agreement(probs[:, 1].double(), probs[:, 2].double(), lattice),
+        "agreement": agree,
     }
 
 def group_answers(found, lattice):
@@ -773,9 +774,9 @@ def group_answers(found, lattice):
     what `mixtures` kept: of each image the 128 likeliest classes, or all."""
     best = lattice[found["agreement"].sum(0).argmax()].float()
     mixed = torch.einsum("utm,t->um", found["likely probs"], best)
-    confidence, place = mixed.max(1)
-    predicted = found["likely"].gather(1, place[:, None])[:, 0]
-    return best, torch.stack([predicted.double(), confidence.double()], 1)
+    place, confidence = likeliest(mixed).T
+    predicted = found["likely"].gather(1, place.long()[:, None])[:, 0]
+    return best, torch.stack([predicted.double(), confidence], 1)
 
 def validation_fits(networks, stages, loader, args):
     """Weights of product_of_experts from validation images, {"product": (a_1 .. a_T, b, d), and
