@@ -46,7 +46,7 @@ bench: .venv/ready  ## idle machine, please
 	$(if $(BENCH),,$(V) .ci/bench.py --views)
 	$(if $(BENCH),,$(V) .ci/bench.py --many-classes)
 
-gpu:  ## on a machine with CUDA: GPU="--data FILE.npz"
+gpu:  ## on a machine with CUDA: GPU="--data FOLDER"
 	$(if $(wildcard .venv/ready),$(V),$(PYTHON)) .ci/gpu.py $(GPU)
 
 table: .venv/ready

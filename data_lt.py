@@ -2,7 +2,7 @@
 """Long-tailed splits, class-level draws, group metrics, batch augmentation and datasets.
 
     python data_lt.py --dataset cifar100 --imb 100                     show a split by class group
-    python data_lt.py --dataset cifar100 --imb 100 --pack split.npz    freeze exactly these images
+    python data_lt.py --dataset cifar100 --imb 100 --pack split        freeze exactly these images
     python data_lt.py --dataset imagenet_lt --pack packed --size 256   decode photographs once
 
 The split is the draw of kaidic/LDAM-DRW (Cao et al., NeurIPS 2019), the class groups are those of
@@ -1184,6 +1184,8 @@ def pack(data, target, size, workers):
     InputError.
     """
     target = Path(target)
+    if target.suffix == ".npz":
+        raise InputError(f"--pack {target}: a pack is a folder; give a name without .npz")
     make_room(data, target, size)
     for part in PARTS:
         split = getattr(data, part)
@@ -1620,6 +1622,8 @@ def find_columns(path, root, table, finder, asked, group):
     values = {name: {cell.lower() for cell in cells} for name, cells in table.items()}
     split = [name for name in table if len(values[name]) > 1 and values[name] <= FOLDERS.keys()]
     split = (split or [None])[0]
+    if len(asked) == 1:
+        raise InputError(f"--columns {asked[0]}: give the column of files and that of labels")
     if asked:
         return asked[0], asked[1:], split
     found = {}
@@ -1702,16 +1706,21 @@ def read_table(path, root, split_seed, columns=None, group=None):
         if not np.array_equal(labels[first.setdefault(name, i)], labels[i]):
             raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, "
                              "or give all labels of an image in one cell, with | between")
+    if len(first) < len(paths):
+        print(f"warning: {path} lists {len(paths) - len(first):,} images more than once")
     classes = labels if labels.ndim == 1 else rarest_labels(labels)
     rows = sorted(first.values(), key=lambda i: (classes[i], paths[i]))  # as folders would be read
     paths = np.array(paths, dtype=object)[rows]
     if split:
         parts = np.array([FOLDERS[table[split][i].lower()] for i in rows], dtype=object)
-    else:
-        parts = draw_parts(classes[rows], [table[group or image][i] for i in rows], split_seed)
+    else:  # an image without a group is one of its own
+        units = [group and table[group][i] or table[image][i] for i in rows]
+        parts = draw_parts(classes[rows], units, split_seed)
     if "test" not in parts:
         parts[parts == "val"] = "test"
     how = f"parts by {split}" if split else DRAWN.format(split_seed)
+    if split and group:
+        how += f" (--group {group} is not needed)"
     print(f"{path}: {len(paths):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
     files = {part: (paths[parts == part], labels[rows][parts == part]) for part in PARTS}
     return as_arrays(files, names)
@@ -2280,12 +2289,12 @@ def show_split(data):
 
 def main():
     """Show a split; freeze it with --pack."""
-    parser = argument_parser("show a long-tailed split, or freeze it into one file")
+    parser = argument_parser("show a long-tailed split, or freeze it")
     add_data_arguments(parser)
     parser.add_argument(
-        "--pack", metavar="FILE.npz|FOLDER",
-        help="write exactly these train, val and test images into a file, or as arrays of --size "
-             "pixels (256) into a folder, to be read memory-mapped")
+        "--pack", metavar="FOLDER",
+        help="write exactly these train, val and test images as arrays into a folder, photographs "
+             "with --size pixels (256), to be read memory-mapped")
     parser.add_argument("--workers", type=number(int, 0), default=WORKERS,
                         help="processes that decode photographs for --pack")
     args = parser.parse_args()

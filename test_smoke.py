@@ -2339,6 +2339,8 @@ def test_packing_without_room_is_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(data_lt.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="--pack .*: needs 0.0 GiB, of which 0.0 are free"):
         data_lt.pack(data, tmp_path / "packed", 32, 0)
+    with pytest.raises(InputError, match="a pack is a folder; give a name without .npz"):
+        data_lt.pack(data, tmp_path / "split.npz", 32, 0)
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     with pytest.raises(InputError, match="--pack .*photos: holds folders of its own"):
         data_lt.pack(data, tmp_path / "photos", 32, 0)
@@ -2874,6 +2876,7 @@ def test_tables_of_several_labels(lesions, tmp_path):
     (lambda rows: [row.replace("label", "xyz") for row in rows], {}, "--columns FILE,LABEL"),
     (lambda rows: [rows[0].replace("label", "image"), *rows[1:]], {}, "two columns have one name"),
     (lambda rows: rows, {"group": "nurse"}, "has no column nurse; it has image, label, group"),
+    (lambda rows: rows, {"columns": "image"}, "--columns image: give the column of files and"),
     (lambda rows: rows, {"columns": "image,group,label"}, "column group holds 'patient0'; give 0"),
     (lambda rows: ["f,g", "no,where"], {}, "no column names images below"),
 ])

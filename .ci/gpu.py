@@ -2,8 +2,8 @@
 """The first hour of a machine with CUDA, most valuable first, each part's result written as it
 ends.
 
-    make gpu GPU="--data cifar100.npz"     about nine minutes (data_lt.py --pack cifar100.npz)
-    make gpu GPU="--data cifar100.npz --only cross+MORE+paper"     what nine minutes do not reach
+    make gpu GPU="--data FOLDER"           about nine minutes (data_lt.py --pack FOLDER)
+    make gpu GPU="--data FOLDER --only cross+MORE+paper"     what nine minutes do not reach
     python .ci/gpu.py --rehearse           the same commands on the CPU at tiny sizes
 
 OUT/gpu.json holds the parts, {name: {"ok", "seconds", ..}}; OUT/NAME.json are result.json files,
@@ -251,7 +251,7 @@ def main(argv=None):
     """Run the parts in turn until the time is over."""
     parser = argparse.ArgumentParser(description="what needs a GPU, in one command")
     parser.add_argument("--data", default="cifar100",
-                        help="dataset of the trainings: a packed .npz, or a name")
+                        help="dataset of the trainings: a pack, or a name")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--out", default="runs/gpu")
     parser.add_argument("--minutes", type=float, default=9, help="no part is begun after these")
