@@ -446,7 +446,9 @@ def channel_stats(images):
     mean = share @ np.arange(256)
     variance = share @ np.arange(256) ** 2 - mean**2
     std = np.sqrt(variance).clip(1.0)
-    return torch.tensor(mean).float().expand(3), torch.tensor(std).float().expand(3)
+    mean = torch.tensor(mean).float()
+    std = torch.tensor(std).float()
+    return mean.expand(3), std.expand(3)
 
 # ---------------------------------------------------------------------------- photographs on disk
 
@@ -477,7 +479,9 @@ def decode(path, place=None):
     with reading(path, "replace or remove it"), Image.open(path) as image:
         orientation = image.getexif().get(ORIENTATION)
         turn = TURNS.get(orientation)
-        w, h = image.size[::-1] if turn is not None and orientation >= 5 else image.size
+        w, h = image.size
+        if turn is not None and orientation >= 5:  # it lies on its side
+            w, h = h, w
         if place is None:
             return upright(image, turn)
         box, size = place(w, h)
@@ -857,7 +861,8 @@ class Loader:
         idle = not picks  # a process without a share must know the names all the same
         if idle:
             picks = [np.arange(1)]
-        at_once = max(1, 2**22 // ((1 + views) * len(networks) * self.data.num_classes))
+        per_image = (1 + views) * len(networks) * self.data.num_classes
+        at_once = max(1, 2**22 // per_image)
         odd = torch.zeros(1, device=self.device)
         whole = {}
         for rows, images in zip(picks, source.clean(picks)):
@@ -916,9 +921,10 @@ def check_same_data(data, saved, run):
     found = fingerprint(data)
     for key in found:
         if saved.get(key) != found[key]:
-            names = (set(some[key][0]) if key in PARTS and key in some else set()
-                     for some in (saved, found))
-            odd = sorted(set.symmetric_difference(*names))
+            odd = []
+            if key in PARTS and key in saved:
+                before, now = (set(some[key][0]) for some in (saved, found))
+                odd = sorted(before ^ now)
             said = f": {len(odd):,} are gone or new, {odd[0]} first" if odd else ""
             raise InputError(f"{run} is of a run on other data, {key}{said}; put them back as they "
                              "were, or give another --out")
@@ -1050,7 +1056,8 @@ def check_arrays(source, arrays):
         images = np.atleast_1d(arrays.get(f"{part}_images", []))
         if part == "val" and not len(images) + len(labels[part]):
             continue
-        pixels = images.dtype == np.uint8 and images.shape[3:] in ((), (3,)) and images.ndim > 2
+        channels = images.shape[3:]
+        pixels = images.dtype == np.uint8 and images.ndim > 2 and channels in ((), (3,))
         if not (pixels or on_disk(images)):
             raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store "
                              "uint8, N x H x W x 3 or N x H x W")
@@ -1354,7 +1361,8 @@ def read_folder(path, split_seed):
 
 def table_beside(path):
     """What to do with loose images: read the table beside them, if there is one."""
-    tables = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (".csv", ".tsv")]
+    files = sorted(path.rglob("*"))
+    tables = [p for p in files if p.suffix.lower() in (".csv", ".tsv")]
     if tables:
         return f"read them by their table: --dataset {tables[0]} --data-root {path}"
     return ("put them into CLASS folders, or their names and labels into a table: --dataset "
@@ -1489,12 +1497,14 @@ def warn_of_twins(data):
     places = [(part, i) for part in PARTS for i in range(len(getattr(data, part)))]
     for place, mark in zip(places, marks_of(data)):
         twin = first.setdefault(mark, place)
-        (image, label), (other, other_label) = (
-            (getattr(data, part).images[i], getattr(data, part).labels[i])
-            for part, i in (place, twin))
+        split = getattr(data, place[0])
+        other_split = getattr(data, twin[0])
+        image = split.images[place[1]]
+        other = other_split.images[twin[1]]
         same = filecmp.cmp if isinstance(image, str) else np.array_equal
         where = "parts" if place[0] != twin[0] else "classes"
-        harmless = where == "classes" and np.array_equal(label, other_label)
+        alike = np.array_equal(split.labels[place[1]], other_split.labels[twin[1]])
+        harmless = where == "classes" and alike
         if place != twin and not harmless and same(image, other):
             names = (image, other) if isinstance(image, str) else (place, twin)
             twins[where].append("{} is {}".format(*names))
@@ -1557,7 +1567,9 @@ def locate(arrays, root, skip_missing=False):
                              "them out with --skip-missing")
         labels = np.asarray(arrays[f"{part}_labels"])
         lost = class_counts(labels[~there], len(arrays["class_names"]))
-        most = [f"{arrays['class_names'][c]} {lost[c]}" for c in np.argsort(-lost)[:5] if lost[c]]
+        names = arrays["class_names"]
+        worst = np.argsort(-lost)[:5]
+        most = [f"{names[c]} {lost[c]}" for c in worst if lost[c]]
         print(f"warning: {said}; they are left out, by class: {', '.join(most)}")
         arrays[f"{part}_images"] = paths[there]
         arrays[f"{part}_labels"] = labels[there]
@@ -1579,7 +1591,8 @@ class Finder:
 
     def find(self, name):
         """The path of an image, by the longest tail of its name that exists; None if none does."""
-        parts = [p for p in one_form(name).replace("\\", "/").split("/") if p not in ("", ".")]
+        parts = one_form(name).replace("\\", "/").split("/")
+        parts = [part for part in parts if part not in ("", ".")]
         if len(parts) == 1 and parts[0] in self.bare:
             return self.bare[parts[0]]
         for some in (parts, parts[:-2] + parts[-1:]):
@@ -1620,8 +1633,10 @@ def find_columns(path, root, table, finder, asked, group):
         if name not in table:
             raise InputError(f"{path}: has no column {name}; it has {', '.join(table)}")
     values = {name: {cell.lower() for cell in cells} for name, cells in table.items()}
-    split = [name for name in table if len(values[name]) > 1 and values[name] <= FOLDERS.keys()]
-    split = (split or [None])[0]
+    split = None
+    for name, found in values.items():
+        if len(found) > 1 and found <= FOLDERS.keys():
+            split = name
     if len(asked) == 1:
         raise InputError(f"--columns {asked[0]}: give the column of files and that of labels")
     if asked:
@@ -1652,7 +1667,8 @@ def cell_labels(cells):
     mark = next((mark for mark in "|;" if any(mark in cell for cell in cells)), ",")
     split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
     names = {label for labels in split.values() for label in labels if label}
-    several = max(map(len, split.values())) > 1 and (mark != "," or len(names) <= len(split))
+    most = max(map(len, split.values()))
+    several = most > 1 and (mark != "," or len(names) <= len(split))
     names = names if several else set(cells)
     names = sorted(names, key=int if all(map(str.isdigit, names)) else str)
     index = {name: c for c, name in enumerate(names)}
@@ -1721,13 +1737,15 @@ def read_table(path, root, split_seed, columns=None, group=None):
     how = f"parts by {split}" if split else DRAWN.format(split_seed)
     if split and group:
         how += f" (--group {group} is not needed)"
-    print(f"{path}: {len(paths):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
+    by = f"images by column {image}, labels by {', '.join(chosen)}"
+    print(f"{path}: {len(paths):,} {by}; {how}")
     files = {part: (paths[parts == part], labels[rows][parts == part]) for part in PARTS}
     return as_arrays(files, names)
 
 def rarest_labels(labels):
     """Of each image the label that the fewest images have, int (N,). labels: 0/1 N x K."""
-    return np.where(labels > 0, labels.sum(0, dtype=np.int64), len(labels) + 1).argmin(1)
+    counts = labels.sum(0, dtype=np.int64)
+    return np.where(labels > 0, counts, len(labels) + 1).argmin(1)
 
 def read_list(path):
     """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
@@ -1829,8 +1847,9 @@ def published_names(found, paths, labels, published):
     if seen != published:
         print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
               "fewest images of a class)")
-    folders = {label: os.path.dirname(path) or str(label) for path, label in zip(paths, labels)}
-    folders = [folders.get(c, str(c)) for c in range(len(counts))]
+    folders = [str(c) for c in range(len(counts))]
+    for path, label in zip(paths, labels):
+        folders[label] = os.path.dirname(path) or folders[label]
     ends = [folder.split("/")[-1] for folder in folders]
     known = {}
     with reading(found.parent, "remove categories.json and classnames.txt there"):
@@ -2122,7 +2141,8 @@ def load_from_flags(args):
         args.group,
         args.skip_missing,
     )
-    groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
+    sizes = [f"{len(classes)} {name}" for name, classes in data.groups.items()]
+    groups = ", ".join(sizes)
     most = data.counts.max()
     fewest = data.counts.min()
     print(
@@ -2203,7 +2223,8 @@ def run_name(method, args):
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
     paper = "_paper" * (args.recipe == "paper")
-    return f"runs/{method}_{Path(args.dataset).resolve().stem}{imb}_{arch}{paper}_seed{args.seed}"
+    dataset = Path(args.dataset).resolve().stem
+    return f"runs/{method}_{dataset}{imb}_{arch}{paper}_seed{args.seed}"
 
 def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
     """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after

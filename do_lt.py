@@ -193,6 +193,26 @@ def settle(args, data):
                          "for; take more_lt.py")
     given = {key for key, value in vars(args).items() if value is not None}
     vars(args).update({k: v for k, v in recipe(args, data.recipe).items() if k not in given})
+    check_stages(args, given)
+    args.out = args.out or run_name("do", args)
+    kept = []
+    for name, *values in zip(args.order, args.epochs, args.lr, [*args.gamma, None]):
+        if len(stage_classes(data.counts, name)) or (name == "many" and not kept):
+            kept.append((name, *values))
+        else:
+            print(f"warning: no class is {name}; its stage is left out")
+    if not kept:
+        raise InputError(
+            f"--order {','.join(args.order)}: none of its stages has a class in this "
+            "dataset; begin with many"
+        )
+    args.order, args.epochs, args.lr, gammas = map(list, zip(*kept))
+    args.gamma = gammas[:-1]
+    check_gamma(args, data)
+
+def check_stages(args, given):
+    """Bring --order and the lists of values per stage into shape. given: the flags that the user
+    gave. Raises InputError."""
     args.order = args.order.split(",") if isinstance(args.order, str) else args.order
     both = "medium" in args.order and {"medium-top", "medium-low"} & set(args.order)
     if set(args.order) - set(STAGES) or len(set(args.order)) != len(args.order) or both:
@@ -210,20 +230,9 @@ def settle(args, data):
     if args.epochs[0] == 0 and not args.weights:
         raise InputError("--epochs 0: stage 1 was trained elsewhere; give that run's stage1.pt as "
                          "--weights")
-    args.out = args.out or run_name("do", args)
-    kept = []
-    for name, *values in zip(args.order, args.epochs, args.lr, [*args.gamma, None]):
-        if len(stage_classes(data.counts, name)) or (name == "many" and not kept):
-            kept.append((name, *values))
-        else:
-            print(f"warning: no class is {name}; its stage is left out")
-    if not kept:
-        raise InputError(
-            f"--order {','.join(args.order)}: none of its stages has a class in this "
-            "dataset; begin with many"
-        )
-    args.order, args.epochs, args.lr, gammas = map(list, zip(*kept))
-    args.gamma = gammas[:-1]
+
+def check_gamma(args, data):
+    """Raise InputError when --gamma auto has no validation images to measure on."""
     for name, gamma in zip(args.order, args.gamma):
         classes = stage_classes(data.counts, name)
         if not len(classes):  # a first "many" for all classes
@@ -727,7 +736,8 @@ def record(network, label, loader, run):
         "val": top_1(loader.answers(network, "val"), data.val, data),
     }
     run.report.setdefault("submodels", {})[label] = entry
-    shown = [f"{g} {v:.1f}" for g in (*GROUPS, "all") if (v := entry["acc"][g]) is not None]
+    known = {g: entry["acc"][g] for g in (*GROUPS, "all") if entry["acc"][g] is not None}
+    shown = [f"{g} {value:.1f}" for g, value in known.items()]
     print(f"{label}, test: {', '.join(shown)}", flush=True)
 
 def mean_log(probs):
@@ -752,9 +762,12 @@ def mixtures(probs, truth, route, lattice):
     lambda comes from the first two random views.
     """
     mean = probs.mean(1)
-    agree = agreement(probs[:, 1].double(), probs[:, 2].double(), lattice)
+    one = probs[:, 1].double()
+    other = probs[:, 2].double()
+    agree = agreement(one, other, lattice)
     instance = lattice[agree.argmax(1)].float()  # Eq. 5, as in instance_weights
-    likely = mean.amax(0).topk(min(128, mean.shape[2])).indices.sort(1).values
+    kept = min(128, mean.shape[2])
+    likely = mean.amax(0).topk(kept).indices.sort(1).values
     mixed = {
         "instance": torch.einsum("tuk,ut->uk", mean, instance),
         "mean": mean.mean(0),
@@ -775,8 +788,9 @@ def group_answers(found, lattice):
     best = lattice[found["agreement"].sum(0).argmax()].float()
     mixed = torch.einsum("utm,t->um", found["likely probs"], best)
     place, confidence = likeliest(mixed).T
-    predicted = found["likely"].gather(1, place.long()[:, None])[:, 0]
-    return best, torch.stack([predicted.double(), confidence], 1)
+    place = place.long()[:, None]
+    predicted = found["likely"].gather(1, place)[:, 0].double()
+    return best, torch.stack([predicted, confidence], 1)
 
 def validation_fits(networks, stages, loader, args):
     """Weights of product_of_experts from validation images, {"product": (a_1 .. a_T, b, d), and

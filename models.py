@@ -335,7 +335,8 @@ def check_left_over(path, state, body, heads):
         known = key in body or any(f"{key}.".startswith(f"{head}.") for head in heads)
         if not known and key.split(".")[0] in roots | {key} - {"mask_token"}:
             raise InputError(f"--weights {path}: {key} has no place in this network, which "
-                             "computes something else without it; give the --arch that it was trained with")
+                             "computes something else without it; give the --arch that it was "
+                             "trained with")
 
 def weight_layers(model):
     """{name: layer} of the convolutions and linear layers, the classifier among them."""
