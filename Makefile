@@ -31,7 +31,7 @@ export MALLOC_TOP_PAD_ = 268435456
 	$(V) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-demo: .venv/ready  ## both methods on made-up images, two to four minutes
+demo: .venv/ready  ## both methods on made-up images, under three minutes
 	rm -rf runs/demo_do runs/demo_more
 	$(V) more_lt.py --dataset synth --loss bsce --out runs/demo_more
 	$(V) do_lt.py --dataset synth --out runs/demo_do

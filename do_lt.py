@@ -902,7 +902,7 @@ def test_time(model, stages, loader, run):
 # ----------------------------------------------------------------------------------------- report
 
 def show_report(report, run):
-    """The tables and figures of the paper, from this run."""
+    """The tables of the paper, from this run."""
     test = report["test"]
     stages = {label: entry["acc"] for label, entry in report["submodels"].items()}
     print("\n" + table("Clean test images (Table 7)", stages))
@@ -999,7 +999,7 @@ def distribute(network):
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 class Run:
-    """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
+    """The folder --out of a run: last.pt to go on from, and log.csv. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
 
     `with run:` makes the folder and holds its lock. Raises InputError for a folder that cannot be

@@ -563,7 +563,7 @@ def test_time(network, loader, run):
 # ----------------------------------------------------------------------------------------- report
 
 def show_report(report, run):
-    """The tables and figures of this run."""
+    """The tables of this run."""
     rows = {label: found for label, found in report["results"].items() if found["all"] is not None}
     rows["model.pt: clean images"] = report["clean"]
     multi_label = "of1" in report["results"]["test"]
@@ -655,7 +655,7 @@ def distribute(network):
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 class Run:
-    """The folder --out of a run: last.pt to go on from, log.csv, figures. resumed: the checkpoint
+    """The folder --out of a run: last.pt to go on from, and log.csv. resumed: the checkpoint
     of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
 
     `with run:` makes the folder and holds its lock. Raises InputError for a folder that cannot be
