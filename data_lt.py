@@ -1433,10 +1433,11 @@ def draw_parts(labels, units, split_seed):
     members = {}
     for i, unit in enumerate(units):
         members.setdefault(unit, []).append(i)
-    counts = np.bincount(labels)
+    counts = np.bincount(labels).tolist()
+    class_of = labels.tolist()
     by_class = {}
     for unit, rows in members.items():  # a unit goes with the rarest of its classes
-        rarest = labels[rows][counts[labels[rows]].argmin()]
+        rarest = min((class_of[row] for row in rows), key=counts.__getitem__)
         by_class.setdefault(rarest, []).append(unit)
 
     def drawn(unit):
@@ -1719,13 +1720,15 @@ def read_table(path, root, split_seed, columns=None, group=None):
     paths = [finder.find(name) or f"{root}/{name}" for name in table[image]]
     first = {}
     for i, name in enumerate(paths):
-        if not np.array_equal(labels[first.setdefault(name, i)], labels[i]):
+        twin = first.setdefault(name, i)
+        if twin != i and not np.array_equal(labels[twin], labels[i]):
             raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, "
                              "or give all labels of an image in one cell, with | between")
     if len(first) < len(paths):
         print(f"warning: {path} lists {len(paths) - len(first):,} images more than once")
     classes = labels if labels.ndim == 1 else rarest_labels(labels)
-    rows = sorted(first.values(), key=lambda i: (classes[i], paths[i]))  # as folders would be read
+    order = classes.tolist()
+    rows = sorted(first.values(), key=lambda i: (order[i], paths[i]))  # as folders would be read
     paths = np.array(paths, dtype=object)[rows]
     if split:
         parts = np.array([FOLDERS[table[split][i].lower()] for i in rows], dtype=object)
