@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -81,12 +80,14 @@ class InputError(ValueError):
 
     The scripts print it and end with exit code 2.
     """
+    code = 2
 
 class NotFinite(ArithmeticError):
     """A loss, a weight or a prediction became NaN or infinite: one line that says where.
 
     The scripts print it and end with exit code 3.
     """
+    code = 3
 
 # ------------------------------------------------------------------------------ splits and groups
 
@@ -440,15 +441,12 @@ def channel_stats(images):
     if on_disk(images) or images.shape[1] > 64:
         mean = torch.tensor([123.675, 116.28, 103.53])
         return mean, torch.tensor([58.395, 57.12, 57.375])
-    channels = images.reshape(-1, images.shape[3] if images.ndim == 4 else 1).T
-    share = np.stack([np.bincount(values, minlength=256) for values in channels])
-    share = share * len(share) / images.size
-    mean = share @ np.arange(256)
-    variance = share @ np.arange(256) ** 2 - mean**2
-    std = np.sqrt(variance).clip(1.0)
-    mean = torch.tensor(mean).float()
-    std = torch.tensor(std).float()
-    return mean.expand(3), std.expand(3)
+    channels = images.reshape(-1, 3 if images.ndim == 4 else 1).T
+    share = np.stack([np.bincount(values, minlength=256) / values.size for values in channels])
+    levels = np.arange(256)
+    mean = share @ levels
+    std = np.sqrt(share @ levels**2 - mean**2).clip(1.0)
+    return torch.tensor(mean).float().expand(3), torch.tensor(std).float().expand(3)
 
 # ---------------------------------------------------------------------------- photographs on disk
 
@@ -690,87 +688,67 @@ class Dataset:
         """class_groups."""
         return class_groups(self.counts, self.many)
 
-class MemoryImages:
-    """Batches of a split's images that are arrays, in memory or memory-mapped.
+class Images:
+    """Batches of a split's images on a device: photographs on disk are decoded, arrays are in
+    memory or memory-mapped, on the device unless they take over 60 % of a GPU's free memory.
 
-    They lie on the device, unless they take more than 60 % of a GPU's free memory.
+    workers: see Loader. Small images are augmented 16 batches at a time, since operations cost
+    less in large groups; 8 images of a batch share RandAugment's two operations.
     """
 
-    batch = 512  # images whose random views are drawn at once
-
-    def __init__(self, data, images, device, aug):
-        self.device = device
-        self.aug = aug
-        self.crop = data.size[0] if data.photographs else None
-        self.small = max(data.size) <= 64
-        large = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
-        self.images = torch.from_numpy(images).to("cpu" if large else device)
-
-    def take(self, rows):
-        """uint8 n x 3 x H x W on the device: the images of an index array, whole."""
-        x = self.images[to_device(rows, self.images.device)]
-        if self.device.type == "cuda" and not x.is_cuda:
-            x = x.pin_memory()
-        x = x.to(self.device, non_blocking=True)
-        if x.dim() == 3:  # grey
-            x = x[..., None].expand(-1, -1, -1, 3)
-        return x.permute(0, 3, 1, 2)
-
-    def clean(self, picks):
-        """uint8 n x 3 x H x W of each index array, whole; of photographs the centre."""
-        for rows in picks:
-            yield augment(self.take(rows), None, "none", self.crop)
-
-    def augmented(self, picks, key):
-        """The same, augmented. key: ints that fix the augmentation.
-
-        Small images are augmented 16 batches at a time, since operations cost less in large
-        groups; 8 images of a batch share RandAugment's two operations.
-        """
-        at_once = 16 if self.small else 1
-        start = 0
-        for i in range(0, len(picks), at_once):
-            some = picks[i : i + at_once]
-            rng = np.random.default_rng([*key, start, RANK])
-            images = self.take(np.concatenate(some))
-            x = augment(images, rng, self.aug, self.crop, 8 * at_once)
-            yield from x.split([len(rows) for rows in some])
-            start += len(x)
-
-class DiskImages:
-    """Batches of a split's photographs on disk, with the methods of MemoryImages."""
-    batch = 64
-
-    def __init__(self, data, paths, device, aug, workers):
-        self.paths = paths
+    def __init__(self, data, images, device, aug, workers):
+        self.images = images
         self.device = device
         self.aug = aug
         self.workers = workers
-        if workers is None:  # on a CPU processes would take the cores that the training needs
-            self.workers = WORKERS if device.type == "cuda" else 0
+        self.on_disk = on_disk(images)
+        self.batch = 64 if self.on_disk else 512  # images that are tested at once
+        self.at_once = 16 if max(data.size) <= 64 else 1
+        self.crop = data.size[0] if data.photographs and not self.on_disk else None
         self.centre = partial(centre_view, size=data.size, resize=data.resize)
         self.random = partial(random_view, size=data.size)
+        if not self.on_disk:
+            cuda = device.type == "cuda"
+            large = cuda and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+            self.images = torch.from_numpy(images).to("cpu" if large else device)
 
-    def batches(self, picks, view, key=None):
-        """A view of the photographs of each index array, decoded and on the device."""
-        pin = self.device.type == "cuda"
-        for x in decoded(self.paths, picks, view, key, self.workers, pin):
-            yield x.to(self.device, non_blocking=True)
+    def read(self, picks, view, key=None):
+        """uint8 n x 3 x H x W on the device of each index array: a view of photographs on disk,
+        arrays whole."""
+        cuda = self.device.type == "cuda"
+        if self.on_disk:
+            for x in decoded(self.images, picks, view, key, self.workers, cuda):
+                yield x.to(self.device, non_blocking=True)
+            return
+        for rows in picks:
+            x = self.images[to_device(rows, self.images.device)]
+            if cuda and not x.is_cuda:
+                x = x.pin_memory()
+            x = x.to(self.device, non_blocking=True)
+            if x.dim() == 3:  # grey
+                x = x[..., None].expand(-1, -1, -1, 3)
+            yield x.permute(0, 3, 1, 2)
 
     def clean(self, picks):
-        """uint8 n x 3 x H x W of each index array: the centre."""
-        yield from self.batches(picks, self.centre)
+        """uint8 n x 3 x H x W of each index array; of photographs the centre."""
+        for x in self.read(picks, self.centre):
+            yield augment(x, None, "none", self.crop)
 
     def augmented(self, picks, key):
-        """uint8 n x 3 x H x W of each index array, augmented."""
+        """The same, augmented. key: ints that fix the augmentation."""
         if self.aug == "none":
             yield from self.clean(picks)
             return
+        groups = [picks[i : i + self.at_once] for i in range(0, len(picks), self.at_once)]
         start = 0
-        for x in self.batches(picks, self.random, [*key, RANK]):
-            if self.aug == "strong":
-                x = rand_augment(x, np.random.default_rng([*key, start, RANK]), 8)
-            yield x
+        images = self.read(map(np.concatenate, groups), self.random, [*key, RANK])
+        for some, x in zip(groups, images):
+            rng = np.random.default_rng([*key, start, RANK])
+            if not self.on_disk:
+                x = augment(x, rng, self.aug, self.crop, 8 * self.at_once)
+            elif self.aug == "strong":  # cropped already
+                x = rand_augment(x, rng, 8)
+            yield from x.split([len(rows) for rows in some])
             start += len(x)
 
 class Loader:
@@ -785,13 +763,11 @@ class Loader:
     def __init__(self, data, device, batch_size, aug="none", workers=None, stats=None):
         self.data = data
         self.device = device
-        if batch_size % WORLD or (WORLD > 1 and batch_size < 4 * WORLD):
-            raise InputError(f"--batch-size {batch_size}: the batch of all {WORLD} processes must "
-                             f"be a multiple of {WORLD}, with 4 images per process or more")
         self.batch_size = min(batch_size, len(data.train) // WORLD * WORLD)
-        if not self.batch_size:
-            raise InputError(f"{data.source}: {len(data.train)} training images are too few for "
-                             f"{WORLD} processes")
+        if WORLD > 1 and (batch_size % WORLD or self.batch_size < 4 * WORLD):
+            raise InputError(f"--batch-size {batch_size}, {len(data.train)} training images: the "
+                             f"batch of all {WORLD} processes must be a multiple of {WORLD}, with "
+                             "4 images per process or more")
         self.steps = len(data.train) // self.batch_size  # whole batches that the images make up
         if self.steps < 5:
             print(f"note: {len(data.train)} training images make {self.steps} steps per epoch of "
@@ -801,13 +777,12 @@ class Loader:
         self.std = std.to(device)
         self.labels = torch.from_numpy(data.train.labels).to(device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if workers is None:  # on a CPU processes would take the cores that the training needs
+            workers = WORKERS if device.type == "cuda" else 0
         self.sources = {}
         for part in PARTS:
             images = getattr(data, part).images
-            if on_disk(images):
-                self.sources[part] = DiskImages(data, images, device, aug, workers)
-            else:
-                self.sources[part] = MemoryImages(data, images, device, aug)
+            self.sources[part] = Images(data, images, device, aug, workers)
 
     def draw(self, class_probs, seed, epoch, steps=None):
         """Training images of an epoch (or of `steps` batches) drawn by ClassSampler: this
@@ -856,13 +831,13 @@ class Loader:
         n = len(getattr(self.data, part))
         if not n:
             return {}
-        starts = range(RANK * source.batch, n, WORLD * source.batch)
-        picks = [np.arange(start, min(start + source.batch, n)) for start in starts]
+        batch = 2**22 // ((1 + views) * len(networks) * self.data.num_classes)
+        batch = max(1, min(source.batch, batch))  # so that their logits fit memory
+        starts = range(RANK * batch, n, WORLD * batch)
+        picks = [np.arange(start, min(start + batch, n)) for start in starts]
         idle = not picks  # a process without a share must know the names all the same
         if idle:
             picks = [np.arange(1)]
-        per_image = (1 + views) * len(networks) * self.data.num_classes
-        at_once = max(1, 2**22 // per_image)
         odd = torch.zeros(1, device=self.device)
         whole = {}
         for rows, images in zip(picks, source.clean(picks)):
@@ -874,13 +849,11 @@ class Loader:
             logits = torch.stack([self.logits(network, seen) for network in networks])
             odd += (~logits.isfinite()).any()
             logits = logits.unflatten(1, (1 + views, len(rows)))
-            some_rows = np.split(rows, range(at_once, len(rows), at_once))
-            for some, few in zip(some_rows, logits.split(at_once, 2)):
-                for name, values in take(few, some).items():
-                    if name not in whole:
-                        whole[name] = values.new_zeros(n, *values.shape[1:])
-                    if not idle:
-                        whole[name][some[0] : some[-1] + 1] = values
+            for name, values in take(logits, rows).items():
+                if name not in whole:
+                    whole[name] = values.new_zeros(n, *values.shape[1:])
+                if not idle:
+                    whole[name][rows[0] : rows[-1] + 1] = values
         if all_sum(odd) > 0:
             raise NotFinite(f"predictions of the {part} images are not finite numbers")
         return {name: all_sum(values) for name, values in whole.items()}
@@ -900,34 +873,38 @@ class Loader:
 
 def fingerprint(data):
     """What identifies a dataset, wherever it lies: {"class_names", "counts", and of each part
-    (names, a hash of the labels)}. The names are the paths of photographs below their common
-    folder; of arrays a hash of at most 1,000 images."""
+    (paths of its photographs below their common folder, hashes of its labels and its arrays)}.
+    Of arrays at most some 1,000 images are hashed."""
     found = {"class_names": data.class_names, "counts": data.counts.tolist()}
     files = [path for part in PARTS for path in getattr(data, part).images if type(path) is str]
     root = os.path.commonpath([os.path.dirname(path) for path in files]) if files else ""
     for part in PARTS:
-        split = getattr(data, part)
-        if on_disk(split.images):
-            names = [os.path.relpath(path, root) for path in split.images]
+        images = getattr(data, part).images
+        hashes = [sha256(getattr(data, part).labels)]
+        paths = []
+        if on_disk(images):
+            paths = [os.path.relpath(path, root) for path in images]
         else:
-            some = np.ascontiguousarray(split.images[::max(1, len(split) // 1000)])
-            names = [hashlib.sha256(some).hexdigest()]
-        found[part] = names, hashlib.sha256(np.ascontiguousarray(split.labels)).hexdigest()
+            hashes.append(sha256(images[::max(1, len(images) // 1000)]))
+        found[part] = paths, hashes
     return found
+
+def sha256(array):
+    """The hash of an array's bytes, in hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 def check_same_data(data, saved, run):
     """Raise InputError unless the data are those of a checkpoint's fingerprint, naming a photograph
     that is gone or new."""
     found = fingerprint(data)
-    for key in found:
-        if saved.get(key) != found[key]:
-            odd = []
-            if key in PARTS and key in saved:
-                before, now = (set(some[key][0]) for some in (saved, found))
-                odd = sorted(before ^ now)
-            said = f": {len(odd):,} are gone or new, {odd[0]} first" if odd else ""
-            raise InputError(f"{run} is of a run on other data, {key}{said}; put them back as they "
-                             "were, or give another --out")
+    differ = [key for key in found if saved.get(key) != found[key]]
+    if differ:
+        before, now = ({path for part in PARTS for path in some.get(part, [[]])[0]}
+                       for some in (saved, found))
+        odd = sorted(before ^ now)
+        said = f": {len(odd):,} are gone or new, {odd[0]} first" if odd else ""
+        raise InputError(f"{run} is of a run on other data, {differ[0]}{said}; put them back as "
+                         "they were, or give another --out")
 
 def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size=None, lists=None,
                  columns=None, group=None, skip_missing=False):
@@ -936,7 +913,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
     val_* if it has them; two-dimensional labels are 0/1, several per image), a folder with
     train/CLASS/* and test/ or val/, a folder that `pack` wrote, or a table of labels, .csv or .tsv
-    (read_table says what columns and group are). root: where cifar and listed images are; lists:
+    (columns, a list, and group: see read_table). root: where cifar and listed images are; lists:
     where published list files are (default: root). skip_missing: leave out listed images that are
     not there.
 
@@ -978,15 +955,14 @@ def read_dataset(name, root, lists, split_seed, columns, group):
     """What a reader finds, {"train_images": .., "train_labels": .., .., "source": what was read}.
     Arguments: see load_dataset. Raises InputError."""
     path = Path(name)
-    table = path.suffix.lower() in (".csv", ".tsv")
-    if not table and (columns or group):
+    if not is_table(path) and (columns or group):
         raise InputError(f"--columns and --group are for tables of labels, .csv or .tsv; {name} is "
                          "none")
     if name in READERS:
         if path.is_dir():
             print(f"note: --dataset {name} is the one of this name; the folder is ./{name}")
         return {"source": root} | READERS[name](root, lists, split_seed)
-    if table and path.is_file():
+    if is_table(path) and path.is_file():
         return {"source": path} | read_table(path, root, split_seed, columns, group)
     if path.suffix == ".npz":
         return {"source": path} | read_npz(path)
@@ -1006,19 +982,17 @@ def image_size(source, images, size, about):
         side = size or 224
         return (side, side), round(side * 256 / 224), True
     height, width = images.shape[1:3]
-    packed = "photographs" in about
-    if not (about["photographs"] if packed else min(height, width) > 64):
-        if size not in (None, height):
-            raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which "
-                             "are used as they are; leave it out")
-        resize = about.get("resize", max(height, width))
-        return (height, width), int(resize), False
     shorter = min(height, width)
-    side = size or (shorter * 224 // 256 if packed else min(shorter, 224))
-    if side > shorter:
-        raise InputError(f"--size {side}: {source} holds images of {shorter} pixels; pack "
-                         "larger ones or take less")
-    return (side, side), round(side * 256 / 224), True
+    if about.get("photographs", shorter > 64):
+        side = size or (shorter * 224 // 256 if "photographs" in about else min(shorter, 224))
+        if side > shorter:
+            raise InputError(f"--size {side}: {source} holds images of {shorter} pixels; pack "
+                             "larger ones or take less")
+        return (side, side), round(side * 256 / 224), True
+    if size not in (None, height):
+        raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which are used "
+                         "as they are; leave it out")
+    return (height, width), int(about.get("resize", max(height, width))), False
 
 def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
     """The splits with a long-tailed draw of the training images, and those that it leaves out as
@@ -1042,27 +1016,35 @@ def check_arrays(source, arrays):
 
     Raises InputError for wrong shapes, types or labels, and an empty split.
     """
-    labels = {part: whole_labels(source, arrays, part) for part in PARTS}
-    several = labels["train"].ndim == 2
-    names = arrays.get("class_names")
-    if names is None:
+    images = {part: np.atleast_1d(arrays.get(f"{part}_images", [])) for part in PARTS}
+    with reading(source, "store labels as whole numbers, or rows of 0 and 1"):
+        labels = {part: np.array(arrays.get(f"{part}_labels", []), np.float64) for part in PARTS}
+        several = labels["train"].ndim == 2 and labels["train"].shape[1] > 1
         found = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
-        names = range(found)
-    names = [str(name) for name in np.atleast_1d(names)]
+    names = arrays.get("class_names")
+    names = [str(name) for name in np.atleast_1d(range(found) if names is None else names)]
     times = Counter(names)
     names = [name if times[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
+    wanted = f"{len(names)} times 0 or 1" if several else f"a number in 0..{len(names) - 1}"
     splits = {}
     for part in PARTS:
-        images = np.atleast_1d(arrays.get(f"{part}_images", []))
-        if part == "val" and not len(images) + len(labels[part]):
+        x = images[part]
+        y = labels[part]
+        y = y[:, 0] if y.shape[1:] == (1,) else y  # MedMNIST keeps a column
+        if part == "val" and not len(x) + y.size:
             continue
-        channels = images.shape[3:]
-        pixels = images.dtype == np.uint8 and images.ndim > 2 and channels in ((), (3,))
-        if not (pixels or on_disk(images)):
-            raise InputError(f"{source}: {part}_images is {images.dtype} {images.shape}; store "
-                             "uint8, N x H x W x 3 or N x H x W")
-        check_labels(source, f"{part}_labels", labels[part], len(images), len(names), several)
-        splits[part] = Split(images, labels[part].astype(np.uint8 if several else np.int64))
+        if not y.size:
+            raise InputError(f"{source}: {part}_labels is empty; there must be images to train and "
+                             "test on")
+        pixels = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,))
+        if not (pixels or on_disk(x)):
+            raise InputError(f"{source}: {part}_images is {x.dtype} {x.shape}; store uint8, N x H "
+                             "x W x 3 or N x H x W")
+        right = np.isin(y, np.arange(2 if several else len(names))).all()
+        if y.shape != (len(x), len(names))[: 1 + several] or not right:
+            raise InputError(f"{source}: {part}_labels is {y.shape}, {y.min():g} to {y.max():g}; "
+                             f"store {wanted} for each of {len(x)} images")
+        splits[part] = Split(x, y.astype(np.uint8 if several else np.int64))
     sizes = {split.images.shape[1:3] for split in splits.values()}
     if len(sizes) > 1:
         found = ", ".join(" x ".join(map(str, size)) for size in sorted(sizes))
@@ -1071,32 +1053,6 @@ def check_arrays(source, arrays):
         print(f"note: {source} marks exactly one label per image and is taken as several labels; "
               "to train with one label, store class numbers")
     return splits, names
-
-def whole_labels(source, arrays, part):
-    """The labels of a split as a whole-number array (N,) or N x K, empty if there are none.
-    Raises InputError for anything else."""
-    labels = np.asarray(arrays.get(f"{part}_labels", []))
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]  # MedMNIST keeps a column
-    whole = labels.dtype.kind in "iufb" and np.array_equal(labels, labels.astype(np.int64))
-    if not whole or labels.ndim not in (1, 2):
-        raise InputError(f"{source}: {part}_labels is {labels.dtype} {labels.shape}; store one "
-                         "whole number per image, or a row of 0 and 1")
-    return labels
-
-def check_labels(source, key, labels, num_images, num_classes, several):
-    """Raise InputError for labels of a wrong shape or out of range."""
-    if not len(labels):
-        raise InputError(f"{source}: {key} is empty; there must be images to train and test on")
-    shape = (num_images, num_classes) if several else (num_images,)
-    if labels.shape != shape:
-        wanted = f"a row of {num_classes} per image" if several else "one number per image"
-        raise InputError(f"{source}: {key} has shape {labels.shape} for {num_images} images; store "
-                         f"{wanted}, as in train_labels")
-    highest = 1 if several else num_classes - 1  # several labels are marked by 0 and 1
-    if not 0 <= labels.min() <= labels.max() <= highest:
-        raise InputError(f"{source}: {key} run from {labels.min()} to {labels.max()}; they must "
-                         f"lie in 0..{highest}")
 
 # ---------------------------------------------------------------------------------------- readers
 
@@ -1137,8 +1093,6 @@ def write_file(path, write, keep_previous=False):
         if keep_previous and Path(path).exists():
             os.replace(path, f"{path}.prev")
         os.replace(tmp, path)
-    except BrokenPipeError:  # of what `write` prints
-        raise
     except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as RuntimeError
         if "CUDA" in str(error):
             raise
@@ -1184,6 +1138,10 @@ def show_progress(what, done, total):
     end = "\n" if done == total else ""
     print(f"\r{what}: {done:,} of {total:,}", end=end, flush=True)
 
+def is_table(path):
+    """Whether a path is called like a table of labels."""
+    return path.suffix.lower() in (".csv", ".tsv")
+
 def pack(data, target, size, workers):
     """Freeze a dataset's splits as arrays in a folder that are read memory-mapped (read_packed).
 
@@ -1191,70 +1149,49 @@ def pack(data, target, size, workers):
     InputError.
     """
     target = Path(target)
-    if target.suffix == ".npz":
-        raise InputError(f"--pack {target}: a pack is a folder; give a name without .npz")
-    make_room(data, target, size)
+    if target.suffix == ".npz" or target.is_dir() and subfolders(target):
+        raise InputError(f"--pack {target}: give a new folder, without .npz and folders of its own")
+    about = target / "about.json"  # the mark of a whole pack
+    about.unlink(missing_ok=True)
     for part in PARTS:
         split = getattr(data, part)
         images = partial(save_images, split=split, size=size, workers=workers)
-        labels = partial(np.save, arr=split.labels)
-        for key, save in (("images", images), ("labels", labels)):
-            write_file(target / f"{part}_{key}.npy", partial(save_array, save=save))
-    about = {
+        write_file(target / f"{part}_images.npy", images)
+        write_file(target / f"{part}_labels.npy", partial(save_array, array=split.labels))
+    said = {
         "name": data.recipe,
         "photographs": data.photographs,
         "class_names": data.class_names,
         "resize": data.resize,
     }
-    write_file(target / "about.json", lambda tmp: tmp.write_text(json.dumps(about)))
+    write_file(about, lambda tmp: tmp.write_text(json.dumps(said)))
 
-def make_room(data, target, size):
-    """The folder that `pack` writes into, without the mark of a whole pack, about.json. Raises
-    InputError for a folder that holds folders, and when the disk has too little room."""
-    needed = 0
-    for part in PARTS:
-        images = getattr(data, part).images
-        needed += len(images) * size * size * 3 if on_disk(images) else images.nbytes
-    with reading(target, "give a folder that can be written as --pack"):
-        target.mkdir(parents=True, exist_ok=True)
-        if subfolders(target):
-            raise InputError(f"--pack {target}: holds folders of its own; give a new folder")
-        free = shutil.disk_usage(target).free
-        if free < needed:
-            raise InputError(f"--pack {target}: needs {needed / 2 ** 30:.1f} GiB, of which "
-                             f"{free / 2 ** 30:.1f} are free; make room")
-        (target / "about.json").unlink(missing_ok=True)
-
-def save_array(path, save):
-    """A file of numpy's, whatever its name."""
+def save_array(path, array):
+    """An array as .npy, whatever the file's name."""
     with open(path, "wb") as file:
-        save(file)
+        np.save(file, array)
 
-def save_images(file, split, size, workers):
-    """A split's images as .npy into an open file; photographs become squares, part by part."""
+def save_images(path, split, size, workers):
+    """A split's images as .npy; photographs become squares, batch by batch."""
     if not on_disk(split.images):
-        np.save(file, split.images)
+        save_array(path, split.images)
         return
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), size, size, 3)}
-    np.lib.format.write_array_header_1_0(file, header)
     picks = np.split(np.arange(len(split)), range(256, len(split), 256))
     view = partial(centre_view, size=(size, size), resize=size)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), size, size, 3)}
     done = 0
-    for x in decoded(split.images, picks if len(split) else [], view, workers=workers):
-        done += len(x)
-        show_progress("photographs packed", done, len(split))
-        file.write(x.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-
-def read_about(folder):
-    """What `pack` wrote about a folder. Raises InputError."""
-    with reading(folder / "about.json", "write the folder again with --pack"):
-        about = json.loads((folder / "about.json").read_text())
-        return {key: about[key] for key in ("name", "photographs", "class_names", "resize")}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for x in decoded(split.images, picks if len(split) else [], view, workers=workers):
+            done += len(x)
+            show_progress("photographs packed", done, len(split))
+            file.write(x.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
-    arrays = read_about(folder)
-    with reading(folder, "write it again with --pack"):
+    with reading(folder / "about.json", "write the folder again with --pack"):
+        about = json.loads((folder / "about.json").read_text())
+        arrays = {key: about[key] for key in ("name", "photographs", "class_names", "resize")}
         for part in PARTS:
             arrays[f"{part}_labels"] = np.load(folder / f"{part}_labels.npy")
             images = np.load(folder / f"{part}_images.npy", mmap_mode="c")  # copy on write
@@ -1305,9 +1242,8 @@ def image_files(folder, skipped=None):
     other files are counted by suffix in the Counter `skipped`. Raises InputError for a folder that
     cannot be read."""
     def refuse(error):
-        """What os.walk calls with the error of a folder; an absent one holds no images."""
-        if not isinstance(error, FileNotFoundError):
-            raise error
+        """What os.walk calls with the error of a folder."""
+        raise error
 
     found = []
     known = set(map(str, Path(folder).resolve().parents))  # to these a link would lead in circles
@@ -1331,52 +1267,37 @@ def read_folder(path, split_seed):
     flat one, CLASS/*, which is split (draw_parts). Raises InputError."""
     skipped = Counter()
     places = {}
-    loose = {}
+    loose = []
     for place in sorted(path.iterdir()):
         part = FOLDERS.get(place.name.lower())
-        if part and place.is_dir():
-            if subfolders(place):
-                if part in places:
-                    raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the "
-                                     f"{part} part; keep one of them")
-                places[part] = place
-            else:  # one alone may be a class called train
-                loose[part] = place
-    if loose and len(places | loose) > 1 and any(map(image_files, loose.values())):
-        listed = ", ".join(f"{place.name}/" for place in loose.values())
-        raise InputError(f"{path}: {listed}: images without class folders; {table_beside(path)}")
-    used = {place.name for place in places.values()}
+        if part in places and subfolders(place):
+            raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the {part} "
+                             "part; keep one of them")
+        if part and place.is_dir() and subfolders(place):
+            places[part] = place
+        elif part and place.is_dir():  # one alone may be a class called train
+            loose.append(place)
+    if len(places) + len(loose) > 1 and any(map(image_files, loose)):
+        table = next((p for p in sorted(path.rglob("*")) if is_table(p)), "labels.csv")
+        raise InputError(f"{path}: {loose[0].name}/ has images without class folders; sort them "
+                         "into CLASS folders, or list their names and labels in a table: --dataset "
+                         f"{table} --data-root {path}")
     try:
         if places:
             names, files = read_parts(path, places, skipped)
         else:
             names, files = split_flat_folder(path, split_seed, skipped)
-            used = set(names)
     finally:
         say_skipped(path, skipped)
-    say_unused(path, used)
-    for place in places.values():
-        say_unused(place, names)
-    return as_arrays(files, names)
-
-def table_beside(path):
-    """What to do with loose images: read the table beside them, if there is one."""
-    files = sorted(path.rglob("*"))
-    tables = [p for p in files if p.suffix.lower() in (".csv", ".tsv")]
-    if tables:
-        return f"read them by their table: --dataset {tables[0]} --data-root {path}"
-    return ("put them into CLASS folders, or their names and labels into a table: --dataset "
-            f"labels.csv --data-root {path}")
-
-def say_unused(folder, used):
-    """Print which folders in a folder are not among those used, and how many images lie right in
-    it, which belong to no class."""
-    left = [f"{name}/" for name in subfolders(folder) if one_form(name) not in used]
-    loose = sum(p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() for p in folder.iterdir())
-    if loose:
-        left.append(f"{loose} images right in it")
+    used = {place.name for place in places.values()} or names
+    left = [f"{name}/" for name in subfolders(path) if one_form(name) not in used]
     if left:
-        print(f"note: {folder}: not used: {', '.join(left)}")
+        print(f"note: {path}: not used: {', '.join(left)}")
+    for place in (path, *places.values()):
+        beside = sum(p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() for p in place.iterdir())
+        if beside:
+            print(f"note: {place}: not used: {beside} images right in it")
+    return as_arrays(files, names)
 
 def say_skipped(path, skipped, file=None):
     """Print how many files below `path` were no images, by suffix: a Counter of image_files."""
@@ -1394,27 +1315,25 @@ def read_parts(path, places, skipped):
         places["test"] = places.pop("val")
         print(f"note: {path}: no test/CLASS/*; {places['test'].name}/ is tested on")
     names = sorted(class_folders(places["train"]))
-    files = {}
-    for part, place in places.items():
-        folders = class_folders(place)
-        unknown = [name for name in folders if name not in names]
-        if unknown:
-            raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
-        found = [image_files(place / folders.get(name, name), skipped) for name in names]
-        sizes = [len(paths) for paths in found]
-        paths = [file for paths in found for file in paths]
-        files[part] = paths, np.repeat(np.arange(len(names)), sizes)
-    return names, files
+    return names, {part: class_images(place, names, skipped) for part, place in places.items()}
+
+def class_images(place, names, skipped):
+    """(paths, labels) of the images CLASS/* in a folder, of the classes `names`. Raises InputError
+    for another class."""
+    folders = class_folders(place)
+    unknown = sorted(folders.keys() - set(names))
+    if unknown:
+        raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
+    found = [image_files(place / folders[name], skipped) if name in folders else []
+             for name in names]
+    labels = np.repeat(np.arange(len(names)), [len(files) for files in found])
+    return np.array([file for files in found for file in files], dtype=object), labels
 
 def split_flat_folder(path, split_seed, skipped):
     """(class names, {part: (paths, labels)}) of a folder CLASS/*, by draw_parts."""
-    folders = class_folders(path)
-    names = sorted(folders)
-    found = [image_files(path / folders[name], skipped) for name in names]
-    labels = np.repeat(np.arange(len(names)), [len(files) for files in found])
-    paths = np.array([file for files in found for file in files], dtype=object)
-    units = [os.path.relpath(file, path) for file in paths]
-    drawn = draw_parts(labels, units, split_seed)
+    names = sorted(class_folders(path))
+    paths, labels = class_images(path, names, skipped)
+    drawn = draw_parts(labels, [os.path.relpath(file, path) for file in paths], split_seed)
     print(f"{path}: no train/ and test/; {DRAWN.format(split_seed)}")
     return names, {part: (paths[drawn == part], labels[drawn == part]) for part in PARTS}
 
@@ -1432,40 +1351,33 @@ def draw_parts(labels, units, split_seed):
     """
     members = {}
     for i, unit in enumerate(units):
-        members.setdefault(unit, []).append(i)
+        drawn = hashlib.sha256(os.fsencode(f"{split_seed} {unit}")).digest()
+        members.setdefault(drawn, []).append(i)
     counts = np.bincount(labels).tolist()
     class_of = labels.tolist()
     by_class = {}
-    for unit, rows in members.items():  # a unit goes with the rarest of its classes
-        rarest = min((class_of[row] for row in rows), key=counts.__getitem__)
-        by_class.setdefault(rarest, []).append(unit)
-
-    def drawn(unit):
-        """What the draw orders a unit by."""
-        return hashlib.sha256(os.fsencode(f"{split_seed} {unit}")).digest()
-
+    for drawn in sorted(members):  # a unit goes with the rarest of its classes
+        rarest = min((class_of[row] for row in members[drawn]), key=counts.__getitem__)
+        by_class.setdefault(rarest, []).append(members[drawn])
     parts = np.full(len(labels), "train", dtype=object)
     for found in by_class.values():
-        n = sum(len(members[unit]) for unit in found)
+        n = sum(map(len, found))
         tests = max(1, n // 5)
         vals = n // 10 if n - tests - n // 10 >= 20 else 0
         taken = 0
-        for unit in sorted(found, key=drawn)[:-1]:
+        for rows in found[:-1]:
             if taken < tests + vals:
-                parts[members[unit]] = "test" if taken < tests else "val"
-            taken += len(members[unit])
+                parts[rows] = "test" if taken < tests else "val"
+            taken += len(rows)
     return parts
 
-def marks_of(data):
-    """For each image, part by part, what the same image has too, and hardly another: of arrays a
+def marks_of(images):
+    """For each of a list of images what the same image has too, and hardly another: of arrays a
     row of pixels, of photographs a hash of the file's size and end.
 
     So the headers of all photographs are opened, in parallel and with progress. Raises InputError
     with the number of those that cannot be read, and the first.
     """
-    images = [image for part in PARTS for image in getattr(data, part).images]
-    if not on_disk(data.train.images):
-        return [image[len(image) // 2].tobytes() for image in images]
     bad = []
 
     def mark(path):
@@ -1477,6 +1389,8 @@ def marks_of(data):
                 return hashlib.sha256(b"%d " % size + file.read()).digest()
         except Exception as error:  # a garbled file fails in a dozen ways
             bad.append(f"{path} ({type(error).__name__})")
+    if not isinstance(images[0], str):
+        return [image[len(image) // 2].tobytes() for image in images]
     marks = []
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(images), 1000):
@@ -1493,26 +1407,25 @@ def warn_of_twins(data):
     that cannot be read. Process 0 alone."""
     if RANK:
         return
+    rows = []
+    for part in PARTS:
+        split = getattr(data, part)
+        rows += [(part, *row) for row in zip(split.images, split.labels)]
+    same = filecmp.cmp if on_disk(data.train.images) else np.array_equal
     twins = {"parts": [], "classes": []}
     first = {}
-    places = [(part, i) for part in PARTS for i in range(len(getattr(data, part)))]
-    for place, mark in zip(places, marks_of(data)):
-        twin = first.setdefault(mark, place)
-        split = getattr(data, place[0])
-        other_split = getattr(data, twin[0])
-        image = split.images[place[1]]
-        other = other_split.images[twin[1]]
-        same = filecmp.cmp if isinstance(image, str) else np.array_equal
-        where = "parts" if place[0] != twin[0] else "classes"
-        alike = np.array_equal(split.labels[place[1]], other_split.labels[twin[1]])
-        harmless = where == "classes" and alike
-        if place != twin and not harmless and same(image, other):
-            names = (image, other) if isinstance(image, str) else (place, twin)
-            twins[where].append("{} is {}".format(*names))
+    for row, mark in zip(rows, marks_of([image for _, image, _ in rows])):
+        part, image, label = row
+        other_part, other, other_label = first.setdefault(mark, row)
+        where = "classes" if part == other_part else "parts"
+        harmless = part == other_part and np.array_equal(label, other_label)
+        if not harmless and same(image, other):
+            names = f": {image} is {other}" if isinstance(image, str) else ""
+            twins[where].append(f"{part} and {other_part}{names}")
     for where, found in twins.items():
         if found:
-            print(f"warning: {len(found):,} images are in two {where}, so figures will be wrong: "
-                  f"{found[0]}")
+            print(f"warning: {len(found):,} images are in two {where}, so figures will be wrong; "
+                  f"the first in {found[0]}")
 
 def subfolders(place):
     """Names of the folders in a folder, sorted, without HIDDEN ones."""
@@ -1556,8 +1469,9 @@ def locate(arrays, root, skip_missing=False):
             there = np.array(list(pool.map(os.path.exists, paths)), dtype=bool)
         for i in np.flatnonzero(~there):
             finder = finder or Finder(root)
-            paths[i] = finder.find(paths[i]) or paths[i]
-            there[i] = os.path.exists(paths[i])
+            found = finder.find(paths[i])
+            paths[i] = found or paths[i]
+            there[i] = found is not None
         if there.all():
             continue
         gone = paths[~there]
@@ -1566,11 +1480,10 @@ def locate(arrays, root, skip_missing=False):
         if not skip_missing:
             raise InputError(f"{said}; give the folder that holds them as --data-root, or leave "
                              "them out with --skip-missing")
-        labels = np.asarray(arrays[f"{part}_labels"])
-        lost = class_counts(labels[~there], len(arrays["class_names"]))
         names = arrays["class_names"]
-        worst = np.argsort(-lost)[:5]
-        most = [f"{names[c]} {lost[c]}" for c in worst if lost[c]]
+        labels = np.asarray(arrays[f"{part}_labels"])
+        lost = class_counts(labels[~there], len(names))
+        most = [f"{names[c]} {lost[c]}" for c in np.argsort(-lost)[:5] if lost[c]]
         print(f"warning: {said}; they are left out, by class: {', '.join(most)}")
         arrays[f"{part}_images"] = paths[there]
         arrays[f"{part}_labels"] = labels[there]
@@ -1592,16 +1505,16 @@ class Finder:
 
     def find(self, name):
         """The path of an image, by the longest tail of its name that exists; None if none does."""
+        if name in self.known:
+            return self.known[name]
         parts = one_form(name).replace("\\", "/").split("/")
         parts = [part for part in parts if part not in ("", ".")]
         if len(parts) == 1 and parts[0] in self.bare:
             return self.bare[parts[0]]
-        for some in (parts, parts[:-2] + parts[-1:]):
-            for i in range(len(some)):
-                tail = "/".join(some[i:])
-                for form in (tail, os.path.splitext(tail)[0]):
-                    if form in self.known:
-                        return self.known[form]
+        tails = ["/".join(some[i:]) for some in (parts, parts[:-2] + parts[-1:])
+                 for i in range(len(some))]
+        forms = (form for tail in tails for form in (tail, os.path.splitext(tail)[0]))
+        return next((self.known[form] for form in forms if form in self.known), None)
 
 def read_columns(path):
     """{column: its cells} of a .csv or .tsv, without blanks around them. Raises InputError."""
@@ -1609,19 +1522,16 @@ def read_columns(path):
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=first.count))
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    lines = [(number, row) for number, row in lines if any(row)]
-    if len(lines) < 2:
-        raise InputError(f"{path}: has no line below the names of its columns")
-    head = lines[0][1]
-    for number, row in lines:
-        if len(row) != len(head):
-            raise InputError(f"{path}: line {number} has {len(row)} cells, the first {len(head)}; "
-                             "put cells that hold a comma into quotes")
-    if len(set(head)) < len(head):
-        raise InputError(f"{path}: two columns have one name; rename one of them")
-    return dict(zip(head, zip(*(row for _, row in lines[1:]))))
+            lines = csv.reader(file, delimiter=max(",;\t", key=first.count))
+            rows = [[cell.strip() for cell in line] for line in lines]
+    rows = [row for row in rows if any(row)]
+    if len(rows) < 2 or len(set(rows[0])) < len(rows[0]):
+        raise InputError(f"{path}: needs lines below the names of its columns, each another name")
+    odd = [row for row in rows if len(row) != len(rows[0])]
+    if odd:
+        raise InputError(f"{path}: the line of {odd[0][0]} has {len(odd[0])} cells, the first "
+                         f"{len(rows[0])}; put cells that hold a comma into quotes")
+    return dict(zip(rows[0], zip(*rows[1:])))
 
 LABEL_COLUMNS = ("label labels class classes category categories target diagnosis dx species tag "
                  "tags class_name label_name finding_labels").split()
@@ -1629,21 +1539,15 @@ MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 def find_columns(path, root, table, finder, asked, group):
     """(column of file names, columns of labels, column of parts or None) of a table. asked: the
-    first two as --columns has them, or []. Raises InputError where it is not clear."""
-    for name in [*asked, *[group] * bool(group)]:
-        if name not in table:
-            raise InputError(f"{path}: has no column {name}; it has {', '.join(table)}")
+    first of them, as --columns has them. Raises InputError where it is not clear."""
+    absent = {*asked, *filter(None, [group])} - table.keys()
+    if absent:
+        raise InputError(f"{path}: has no column {min(absent)}; it has {', '.join(table)}")
     values = {name: {cell.lower() for cell in cells} for name, cells in table.items()}
-    split = None
-    for name, found in values.items():
-        if len(found) > 1 and found <= FOLDERS.keys():
-            split = name
-    if len(asked) == 1:
-        raise InputError(f"--columns {asked[0]}: give the column of files and that of labels")
-    if asked:
-        return asked[0], asked[1:], split
+    parts = [name for name, found in values.items() if len(found) > 1 and found <= FOLDERS.keys()]
     found = {}
-    for name, cells in table.items():
+    for name in asked[:1] or table:
+        cells = table[name]
         some = cells[:: max(1, len(cells) // 1000)]
         found[name] = len({finder.find(cell) for cell in some} - {None})
     image = max(found, key=found.get)
@@ -1651,77 +1555,77 @@ def find_columns(path, root, table, finder, asked, group):
         firsts = ", ".join(cells[0] for cells in table.values())
         raise InputError(f"{path}: no column names images below {root} ({firsts}); give the folder "
                          "that holds them as --data-root")
-    free = [name for name in table if name not in (image, group, split)]
+    free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
     marks = [name for name in free if values[name] <= MARKS.keys()]
     repeated = [name for name in free if len(values[name]) <= len(table[name]) / 2]
-    labels = usual or (marks if len(marks) > 1 else repeated)
-    if len(labels) != 1 and labels != marks:
+    labels = asked[1:] or usual or (marks if len(marks) > 1 else repeated)
+    if len(labels) != 1 and labels not in (marks, asked[1:]) or not labels:
         raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
                          "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
-    return image, labels, split
+    return image, labels, parts[0] if parts else None
 
 def cell_labels(cells):
-    """(class names, labels) of a column's cells: int (N,), or 0/1 N x K where cells hold several
-    labels with | or ; between, or with a comma where that makes fewer labels than cells differ.
-    Names that are numbers are sorted as such."""
+    """The labels in each cell of a column, N lists: of several what stands between | or ;, or
+    between commas where that makes fewer labels than cells differ."""
     mark = next((mark for mark in "|;" if any(mark in cell for cell in cells)), ",")
     split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
-    names = {label for labels in split.values() for label in labels if label}
-    most = max(map(len, split.values()))
-    several = most > 1 and (mark != "," or len(names) <= len(split))
-    names = names if several else set(cells)
-    names = sorted(names, key=int if all(map(str.isdigit, names)) else str)
-    index = {name: c for c, name in enumerate(names)}
-    if not several:
-        return names, np.array([index[cell] for cell in cells])
-    rows = [[index[label] for label in split[cell] if label] for cell in cells]
-    return names, multi_hot(rows, len(names), "")
+    known = {label for labels in split.values() for label in labels}
+    if mark == "," and len(known) > len(split):
+        split = {cell: [cell] for cell in split}
+    return [list(filter(None, split[cell])) for cell in cells]
 
 def marked_labels(path, columns):
-    """(class names, labels) of columns of 0 and 1 {name: cells}, one per class: 0/1 N x K, or
-    classes, int (N,), where each image has exactly one 1. Columns without any 1 are left out.
+    """The columns in which each line has a 1, N lists of names, from {name: cells of 0 and 1}.
     Raises InputError."""
+    rows = [[] for _ in next(iter(columns.values()))]
     for name, cells in columns.items():
-        odd = [cell for cell in cells if cell.lower() not in MARKS]
-        if odd:
-            raise InputError(f"{path}: column {name} holds '{odd[0]}'; give 0 or 1")
-    used = {name: [MARKS[cell.lower()] for cell in cells] for name, cells in columns.items()}
-    unused = [name for name, marks in used.items() if not any(marks)]
-    if unused:
-        print(f"note: {path}: no image is {', '.join(unused)}")
-    names = [name for name in used if name not in unused]
-    labels = np.array([used[name] for name in names], np.uint8).T
-    one_each = (labels.sum(1) == 1).all()
-    return names, labels.argmax(1) if one_each else labels
+        marks = [MARKS.get(cell.lower()) for cell in cells]
+        if None in marks:
+            raise InputError(f"{path}: column {name} holds '{cells[marks.index(None)]}'; give 0 "
+                             "or 1")
+        if not any(marks):
+            print(f"note: {path}: no image is {name}")
+        for row in np.flatnonzero(marks):
+            rows[row].append(name)
+    return rows
+
+def as_labels(rows):
+    """(class names, labels) of N lists of names: int (N,) where each has one, else 0/1 N x K.
+    Names that are numbers are sorted as such."""
+    names = {name for row in rows for name in row}
+    names = sorted(names, key=int if all(map(str.isdigit, names)) else str)
+    index = {name: c for c, name in enumerate(names)}
+    found = [[index[name] for name in row] for row in rows]
+    if all(len(row) == 1 for row in found):
+        return names, np.array(found)[:, 0]
+    return names, multi_hot(found, len(names), "")
 
 def read_table(path, root, split_seed, columns=None, group=None):
     """A table of labels, a line per image: a column of file names of images below `root` (see
     Finder) and one of labels (cell_labels), or a column of 0 and 1 per label (marked_labels).
 
-    columns: the names of these columns, with commas between, where find_columns cannot tell. A
-    column whose cells are train, val and test (or the like: FOLDERS) says the parts; else
-    draw_parts does, and images of one cell of the column `group` (a patient) stay in one part.
-    Raises InputError.
+    columns: the names of these columns where find_columns cannot tell. A column whose
+    cells are train, val and test (or the like: FOLDERS) says the parts; else draw_parts does, and
+    images of one cell of the column `group` (a patient) stay in one part. Raises InputError.
     """
     table = read_columns(path)
     finder = Finder(root)
-    asked = columns.split(",") if columns else []
-    image, chosen, split = find_columns(path, root, table, finder, asked, group)
-    for name in {image, chosen[0]}:
+    image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
+    for name in (image, chosen[0]):
         if "" in table[name]:
             raise InputError(f"{path}: {table[name].count('')} cells of column {name} are empty, "
                              f"image {table[name].index('') + 1} first; fill them in, or remove "
                              "the lines")
     if len(chosen) == 1:
-        names, labels = cell_labels(table[chosen[0]])
+        said = cell_labels(table[chosen[0]])
     else:
-        names, labels = marked_labels(path, {name: table[name] for name in chosen})
+        said = marked_labels(path, {name: table[name] for name in chosen})
+    names, labels = as_labels(said)
     paths = [finder.find(name) or f"{root}/{name}" for name in table[image]]
     first = {}
     for i, name in enumerate(paths):
-        twin = first.setdefault(name, i)
-        if twin != i and not np.array_equal(labels[twin], labels[i]):
+        if said[first.setdefault(name, i)] != said[i]:
             raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, "
                              "or give all labels of an image in one cell, with | between")
     if len(first) < len(paths):
@@ -1737,11 +1641,9 @@ def read_table(path, root, split_seed, columns=None, group=None):
         parts = draw_parts(classes[rows], units, split_seed)
     if "test" not in parts:
         parts[parts == "val"] = "test"
-    how = f"parts by {split}" if split else DRAWN.format(split_seed)
-    if split and group:
-        how += f" (--group {group} is not needed)"
-    by = f"images by column {image}, labels by {', '.join(chosen)}"
-    print(f"{path}: {len(paths):,} {by}; {how}")
+    how = f"parts by {split}" + f", not by {group}" * bool(group)
+    how = how if split else DRAWN.format(split_seed)
+    print(f"{path}: {len(paths):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
     files = {part: (paths[parts == part], labels[rows][parts == part]) for part in PARTS}
     return as_arrays(files, names)
 
@@ -1774,15 +1676,13 @@ def find_list(lists, choices, published):
     `lists`. Warns when it has not as many images as published. Raises InputError."""
     there = [lists / name for name in choices if (lists / name).is_file()]
     if not there:
-        raise InputError(
-            f"--lists {lists}: needs {' or '.join(choices)}; put the published list there"
-        )
+        raise InputError(f"--lists {lists}: needs {' or '.join(choices)}; put the published list "
+                         "there")
     paths, classes = read_list(there[0])
-    if len(paths) != published:
-        print(f"warning: {there[0]} lists {len(paths):,} images, the published one {published:,}")
     repeated = len(paths) - len(set(paths))
-    if repeated:
-        print(f"warning: {there[0]} lists {repeated:,} images more than once")
+    if len(paths) != published or repeated:
+        print(f"warning: {there[0]} lists {len(paths):,} images, {repeated:,} of them more than "
+              f"once; the published one has {published:,}")
     return there[0], paths, classes
 
 def multi_hot(rows, num_classes, source):
@@ -1828,16 +1728,17 @@ def read_published(name, root, lists, split_seed):
     """
     base = root / name if (root / name).is_dir() else root
     lists = lists / name if (lists / name).is_dir() else lists
-    published = PUBLISHED[name]
+    published = PUBLISHED[name].copy()
+    classes = published.pop("classes")
     parts = {}
-    for part in [part for part in PARTS if part in published]:
-        found, paths, classes = find_list(lists, *published[part])
+    for part, (choices, length) in published.items():
+        found, paths, known = find_list(lists, choices, length)
         with reading(found, "its lines are `path class`: copy or download the list again"):
-            labels = np.array(classes, np.int64)[:, 0]
+            labels = np.array(known, np.int64)[:, 0]
         if labels.min() < 0:
             raise InputError(f"{found}: holds label {labels.min()}; copy or download it again")
         if part == "train":
-            names = published_names(found, paths, labels, published["classes"])
+            names = published_names(found, paths, labels, classes)
         parts[part] = [f"{base}/{path}" for path in paths], labels
     return as_arrays(parts, names) | {"base": base}
 
@@ -1850,24 +1751,24 @@ def published_names(found, paths, labels, published):
     if seen != published:
         print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
               "fewest images of a class)")
-    folders = [str(c) for c in range(len(counts))]
-    for path, label in zip(paths, labels):
-        folders[label] = os.path.dirname(path) or folders[label]
-    ends = [folder.split("/")[-1] for folder in folders]
+    of = {label: os.path.dirname(path) for path, label in zip(paths, labels)}
+    folders = [of.get(c) or str(c) for c in range(len(counts))]
     known = {}
     with reading(found.parent, "remove categories.json and classnames.txt there"):
         for file in found.parent.glob("classnames.txt"):
-            known |= dict(line.split(None, 1) for line in file.read_text().splitlines())
-        for file in [*found.parent.glob("categories.json"), *[found] * (found.suffix == ".json")]:
-            listed = json.loads(file.read_text())
-            listed = listed if isinstance(listed, list) else listed.get("categories", [])
-            known |= {str(entry["id"]): entry["name"] for entry in listed}
-    if known.keys() >= set(ends):
-        return [known[end] for end in ends]
-    depth = 1
+            known = dict(line.split(None, 1) for line in file.read_text().splitlines())
+        for file in (found.parent / "categories.json", found):
+            if file.suffix == ".json" and file.is_file():
+                listed = json.loads(file.read_text())
+                listed = listed if isinstance(listed, list) else listed.get("categories", [])
+                known |= {str(entry["id"]): entry["name"] for entry in listed}
+    ends = []
+    depth = 0
     while len(set(ends)) < len(set(folders)):
         depth += 1
         ends = ["/".join(folder.split("/")[-depth:]) for folder in folders]
+        if known.keys() >= set(ends):
+            return [known[end] for end in ends]
     return ends
 
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -1879,20 +1780,18 @@ def read_voc_mlt(root, lists, split_seed):
     By voc_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and VOC's annotations.
     Images in torchvision's layout, ROOT/VOCdevkit/VOC2012. Raises InputError.
     """
-    kit = root / "VOCdevkit"
-    tests = kit / "VOC2007" / "ImageSets" / "Main" / "test.txt"
+    tests = root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt"
     with reading(tests, "unpack VOC 2012 trainval and VOC 2007 test below the data root"):
         test_ids = tests.read_text().split()
     choices = ("voc_mlt_train_labels.txt", "voc_mlt_img_id.txt", "img_id.txt")
     source, train_ids, train_classes = find_list(lists, choices, 1142)
     parts = {}
-    for part, year, ids, known in (
-        ("train", "VOC2012", train_ids, train_classes),
-        ("test", "VOC2007", test_ids, [[]] * len(test_ids)),
+    for part, kit, ids, known in (
+        ("train", root / "VOCdevkit/VOC2012", train_ids, train_classes),
+        ("test", root / "VOCdevkit/VOC2007", test_ids, [[]] * len(test_ids)),
     ):
-        rows = [classes or voc_classes(kit / year, i) for i, classes in zip(ids, known)]
-        paths = [f"{kit}/{year}/JPEGImages/{i}.jpg" for i in ids]
-        parts[part] = paths, multi_hot(rows, 20, source)
+        rows = [classes or voc_classes(kit, i) for i, classes in zip(ids, known)]
+        parts[part] = [f"{kit}/JPEGImages/{i}.jpg" for i in ids], multi_hot(rows, 20, source)
     return as_arrays(parts, VOC)
 
 def voc_classes(folder, image_id):
@@ -1949,27 +1848,23 @@ def read_miml(root, lists, split_seed):
     drawn by split_seed. Raises InputError.
     """
     base = root / "miml" if (root / "miml").is_dir() else root
-    remedy = f"put labels.csv or `miml data.mat` into {base}, the photographs into {base}/images"
-    with reading(base, remedy):
+    with reading(base, f"put labels.csv or `miml data.mat` into {base}, the photographs into "
+                       f"{base}/images"):
         if (base / "labels.csv").is_file():
             table = read_columns(base / "labels.csv")
-            files = table.pop(next(iter(table)))
-            names = list(table)
-            labels = np.array(list(table.values())).T.astype(np.int64)
+            files, *marks = table.values()
+            names = list(table)[1:]
+            labels = np.array(marks).T.astype(np.int64)
         else:
             with open(base / "miml data.mat", "rb") as file:
-                targets = scipy.io.loadmat(file)["targets"]
-            labels = (targets.T > 0).astype(np.int64)
+                labels = (scipy.io.loadmat(file)["targets"].T > 0).astype(np.int64)
             names = "desert mountains sea sunset trees".split()
             files = [f"{i + 1}.jpg" for i in range(len(labels))]
-    n = len(files)
-    rng = np.random.RandomState(split_seed)
-    order = rng.permutation(n)
-    parts = {}
-    pieces = np.split(order, [n * 2 // 5, n // 2])
-    for part, picked in zip(("test", "val", "train"), pieces):
-        picked = np.sort(picked)
-        parts[part] = [f"{base}/images/{files[i]}" for i in picked], labels[picked]
+    n = len(labels)
+    paths = np.array([f"{base}/images/{file}" for file in files], dtype=object)
+    order = np.random.RandomState(split_seed).permutation(n)
+    pieces = map(np.sort, np.split(order, [n * 2 // 5, n // 2]))
+    parts = {part: (paths[rows], labels[rows]) for part, rows in zip(("test", "val", "train"), pieces)}
     return as_arrays(parts, names)
 
 SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass "
@@ -1981,29 +1876,18 @@ def read_nuswide_scene(root, lists, split_seed):
     SCENE/imagelist/Train_imageOutPutFileList.txt, SCENE/groundtruth/Train_Labels_airport.txt ..,
     and the same of Test.
 
-    Without them all of NUS-WIDE's images with one of these labels: ImageList/TrainImagelist.txt,
-    Groundtruth/TrainTestLabels/Labels_airport_Train.txt .. Photographs in ROOT/Flickr; those
-    without a scene are left out. Raises InputError.
+    Photographs in ROOT/Flickr; those without a scene are left out. Raises InputError.
     """
-    listing = "SCENE/imagelist/{part}_imageOutPutFileList.txt"
-    truth = "SCENE/groundtruth/{part}_Labels_{scene}.txt"
-    if not (lists / listing.format(part="Train")).is_file():
-        listing = "ImageList/{part}Imagelist.txt"
-        truth = "Groundtruth/TrainTestLabels/Labels_{scene}_{part}.txt"
     parts = {}
     for part in ("Train", "Test"):
-        with reading(lists, "give the folder with NUS-WIDE's SCENE, or its Groundtruth and "
-                            "ImageList, as --lists"):
-            text = (lists / listing.format(part=part)).read_text()
+        with reading(lists, "give the folder with NUS-WIDE's SCENE as --lists"):
+            text = (lists / f"SCENE/imagelist/{part}_imageOutPutFileList.txt").read_text()
             files = text.replace("\\", "/").split()
-            known = [lists / truth.format(part=part, scene=scene) for scene in SCENES]
-            truth_of = [file.read_text().split() for file in known]
-            labels = np.array(truth_of, np.int64).reshape(len(SCENES), len(files)).T
+            known = [lists / f"SCENE/groundtruth/{part}_Labels_{scene}.txt" for scene in SCENES]
+            truth = [file.read_text().split() for file in known]
+            labels = np.array(truth, np.int64).reshape(len(SCENES), len(files)).T
         kept = np.flatnonzero(labels.any(1))
         parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in kept], labels[kept]
-    if not listing.startswith("SCENE"):
-        print(f"note: {lists} has no SCENE/imagelist, so all scenes of NUS-WIDE are taken: more "
-              "images than its subset NUS-WIDE-SCENE has")
     return as_arrays(parts, SCENES)
 
 # The places of synth's classes on the scale of wavelengths, the most frequent class first: the
@@ -2119,7 +2003,7 @@ def add_data_arguments(parser):
     add("--imb-type", choices=["exp", "step"], default="exp", help="profile of the counts")
     add("--split-seed", type=number(int, 0, below=2 ** 32), default=0,
         help="images the split keeps; 0: LDAM-DRW's")
-    add("--columns", metavar="FILE,LABEL",
+    add("--columns", metavar="FILE,LABEL", type=several(str),
         help="of a table: the column of file names and that of labels, or those of 0 and 1")
     add("--group", metavar="COLUMN",
         help="of a table: images of one patient, say, are drawn into one part")
@@ -2144,14 +2028,11 @@ def load_from_flags(args):
         args.group,
         args.skip_missing,
     )
-    sizes = [f"{len(classes)} {name}" for name, classes in data.groups.items()]
-    groups = ", ".join(sizes)
-    most = data.counts.max()
-    fewest = data.counts.min()
+    groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
     print(
         f"{data.name} from {data.source}, split seed {args.split_seed}: {data.num_classes} "
-        f"classes ({groups}), {len(data.train):,} train ({most}..{fewest} per class), "
-        f"{len(data.val):,} val, {len(data.test):,} test",
+        f"classes ({groups}), {len(data.train):,} train ({data.counts.max()}.."
+        f"{data.counts.min()} per class), {len(data.val):,} val, {len(data.test):,} test",
         flush=True,
     )
     return data
@@ -2197,12 +2078,11 @@ def note_part(report, device):
     """Add to report["parts"] what the run computes with from here on, if that is new, and print
     what has changed."""
     part = {"torch": str(torch.__version__), "device": device_name(device), "git": commit()}
-    last = report["parts"][-1] if report["parts"] else {}
-    changed = [f"{key} was {last[key]}, is {part[key]}" for key in part
-               if last and last[key] != part[key]]
+    last = report["parts"][-1] if report["parts"] else part
+    changed = [f"{key} was {last[key]}, is {part[key]}" for key in part if last[key] != part[key]]
     if changed:
         print(f"note: the run goes on otherwise than it began: {'; '.join(changed)}")
-    if changed or not last:
+    if changed or not report["parts"]:
         report["parts"].append({"from epoch": len(report["log"]) + 1} | part)
 
 def commit():
@@ -2289,9 +2169,7 @@ def find_checkpoint(args, data):
     if not resumed:
         print(f"nothing to resume in {args.out}: starting from the beginning")
         return {}
-    if not {"args", "data", "report"} <= resumed.keys():
-        raise InputError(f"{last} is not a checkpoint of this script; give another --out")
-    check_same_data(data, resumed["data"], args.out)
+    check_same_data(data, resumed.get("data", {}), args.out)
     saved = resumed["args"]
     now = vars(args)
     for key in sorted((saved | now).keys() - MAY_CHANGE_ON_RESUME):
@@ -2333,25 +2211,11 @@ OUT_OF_MEMORY = "out of memory|DefaultCPUAllocator|can't allocate memory"
 def run_script(main):
     """Call main() as a script: bad input is one line on stderr and exit code 2, what is not finite
     one line and 3, Ctrl-C or SIGTERM one line and 130."""
-    process = f" in process {RANK}" if RANK else ""
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a cluster whose time is over
     try:
         main()
-    except InputError as error:
-        print(f"error{process}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NotFinite as error:
-        print(f"error{process}: {error}", file=sys.stderr)
-        sys.exit(3)
-    except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no type of its own
-        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
-            raise
-        print(f"error{process}: out of memory; take a smaller --batch-size, --size or --arch (and "
-              "another --out) or, where the training has ended, --resume --device cpu",
-              file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of this output has gone: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -2359,6 +2223,17 @@ def run_script(main):
         print("interrupted; a training goes on from its last checkpoint with --resume",
               file=sys.stderr)
         sys.exit(130)
+    except (InputError, NotFinite, MemoryError, RuntimeError) as error:
+        said = str(error)
+        code = getattr(error, "code", 2)
+        # the CPU's allocator has no error of its own
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, said):
+            said = ("out of memory; take a smaller --batch-size, --size or --arch (and another "
+                    "--out) or, where the training has ended, --resume --device cpu")
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"error{f' in process {RANK}' * (RANK > 0)}: {said}", file=sys.stderr)
+        sys.exit(code)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
