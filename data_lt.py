@@ -1270,13 +1270,15 @@ def read_folder(path, split_seed):
     loose = []
     for place in sorted(path.iterdir()):
         part = FOLDERS.get(place.name.lower())
-        if part in places and subfolders(place):
-            raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are both the {part} "
-                             "part; keep one of them")
-        if part and place.is_dir() and subfolders(place):
-            places[part] = place
-        elif part and place.is_dir():  # one alone may be a class called train
+        if not part or not place.is_dir():
+            continue
+        if not subfolders(place):  # one alone may be a class called train
             loose.append(place)
+        elif part in places:
+            raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are one part; keep "
+                             "one of them")
+        else:
+            places[part] = place
     if len(places) + len(loose) > 1 and any(map(image_files, loose)):
         table = next((p for p in sorted(path.rglob("*")) if is_table(p)), "labels.csv")
         raise InputError(f"{path}: {loose[0].name}/ has images without class folders; sort them "
@@ -1289,14 +1291,12 @@ def read_folder(path, split_seed):
             names, files = split_flat_folder(path, split_seed, skipped)
     finally:
         say_skipped(path, skipped)
-    used = {place.name for place in places.values()} or names
-    left = [f"{name}/" for name in subfolders(path) if one_form(name) not in used]
-    if left:
-        print(f"note: {path}: not used: {', '.join(left)}")
+    used = {*names, *places.values()}
     for place in (path, *places.values()):
-        beside = sum(p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() for p in place.iterdir())
-        if beside:
-            print(f"note: {place}: not used: {beside} images right in it")
+        left = [p.name for p in sorted(place.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES
+                or p.name in subfolders(place) and not {p, one_form(p.name)} & used]
+        if left:
+            print(f"note: {place}: {len(left)} not used: {', '.join(left[:5])}")
     return as_arrays(files, names)
 
 def say_skipped(path, skipped, file=None):
@@ -1529,7 +1529,7 @@ def read_columns(path):
         raise InputError(f"{path}: needs lines below the names of its columns, each another name")
     odd = [row for row in rows if len(row) != len(rows[0])]
     if odd:
-        raise InputError(f"{path}: the line of {odd[0][0]} has {len(odd[0])} cells, the first "
+        raise InputError(f"{path}: the line of {odd[0][0]} has {len(odd[0])} cells, not "
                          f"{len(rows[0])}; put cells that hold a comma into quotes")
     return dict(zip(rows[0], zip(*rows[1:])))
 
@@ -1614,9 +1614,8 @@ def read_table(path, root, split_seed, columns=None, group=None):
     image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
     for name in (image, chosen[0]):
         if "" in table[name]:
-            raise InputError(f"{path}: {table[name].count('')} cells of column {name} are empty, "
-                             f"image {table[name].index('') + 1} first; fill them in, or remove "
-                             "the lines")
+            raise InputError(f"{path}: {table[name].count('')} cells of column {name} are empty; "
+                             "fill them in, or remove the lines")
     if len(chosen) == 1:
         said = cell_labels(table[chosen[0]])
     else:
@@ -2012,8 +2011,8 @@ def add_data_arguments(parser):
         help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
 
 def load_from_flags(args):
-    """load_dataset by the flags of add_data_arguments, and a printed line of what it is: its
-    images, and its classes by group."""
+    """load_dataset by the flags of add_data_arguments, and a printed table of its images by class
+    group."""
     if args.imb is None:
         args.imb = DEFAULT_IMB.get(args.dataset)
     data = load_dataset(
@@ -2028,13 +2027,15 @@ def load_from_flags(args):
         args.group,
         args.skip_missing,
     )
-    groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
-    print(
-        f"{data.name} from {data.source}, split seed {args.split_seed}: {data.num_classes} "
-        f"classes ({groups}), {len(data.train):,} train ({data.counts.max()}.."
-        f"{data.counts.min()} per class), {len(data.val):,} val, {len(data.test):,} test",
-        flush=True,
-    )
+    print(f"{data.name} from {data.source}, split seed {args.split_seed}: {data.num_classes} "
+          f"classes of {data.counts.max():,} to {data.counts.min():,} training images")
+    rows = {}
+    for name, classes in (data.groups | {"all": np.arange(data.num_classes)}).items():
+        rows[name] = {"classes": len(classes)}
+        for part in PARTS:
+            per_class = class_counts(getattr(data, part).labels, data.num_classes)
+            rows[name][part] = int(per_class[classes].sum())
+    print(table("images by class group", rows, ("classes", *PARTS), ",d"), flush=True)
     return data
 
 def add_system_arguments(parser):
@@ -2179,16 +2180,6 @@ def find_checkpoint(args, data):
                              "another --out")
     return resumed
 
-def show_split(data):
-    """Print a table of images by class group."""
-    rows = {}
-    for name, classes in data.groups.items():
-        rows[name] = {"classes": len(classes)}
-        for part in PARTS:
-            per_class = class_counts(getattr(data, part).labels, data.num_classes)
-            rows[name][part] = int(per_class[classes].sum())
-    print(table("group", rows, ("classes", *PARTS), ",d"))
-
 def main():
     """Show a split; freeze it with --pack."""
     parser = argument_parser("show a long-tailed split, or freeze it")
@@ -2201,7 +2192,6 @@ def main():
                         help="processes that decode photographs for --pack")
     args = parser.parse_args()
     data = load_from_flags(args)
-    show_split(data)
     if args.pack:
         pack(data, args.pack, args.size or 256, args.workers)
         print(f"packed: {args.pack}; use it as --dataset {args.pack}")

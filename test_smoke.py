@@ -1715,6 +1715,9 @@ def test_nuswide_scenes_by_their_published_files(tmp_path):
     with pytest.raises(InputError, match="1 of 1 train images are not below .*Flickr"):
         load_dataset("nuswide_scene", tmp_path)
     layout.photos("Flickr/a/3.jpg")
+    with pytest.raises(InputError, match="1 of 1 train images are not below .*Flickr"):
+        load_dataset("nuswide_scene", tmp_path)
+    layout.photos("Flickr/a/3.jpg")
     data = load_dataset("nuswide_scene", tmp_path)
     assert data.counts.tolist() == [1] * 33
     assert [Path(path).name for path in data.test.images] == ["3.jpg"]
@@ -2050,8 +2053,8 @@ def test_what_a_folder_holds_beside_its_classes_is_said(tmp_path, capsys):
     data = load_dataset(str(root))
     said = capsys.readouterr().out
     assert data.counts.tolist() == [3, 5]
-    assert f"{root}: not used: dev/" in said
-    assert f"{root / 'train'}: not used: 2 images right in it" in said
+    assert f"{root}: 1 not used: dev\n" in said
+    assert f"{root / 'train'}: 2 not used: 0.png, 1.png" in said
     shutil.rmtree(root / "test")
     fill(root / "val" / "a" / "within", 3)
     load_dataset(str(root))
@@ -2863,7 +2866,7 @@ def test_tables_of_several_labels(lesions, tmp_path):
 
 @pytest.mark.parametrize("change, flags, said", [
     (lambda rows: rows[:1], {}, "needs lines below the names of its columns"),
-    (lambda rows: [rows[0], *rows[2:], rows[2] + ",x"], {}, "has 4 cells, the first 3"),
+    (lambda rows: [rows[0], *rows[2:], rows[2] + ",x"], {}, "has 4 cells, not 3"),
     (lambda rows: [*rows, "na_000,wart,p"], {}, "na_000.png stands in two lines of different"),
     (lambda rows: [*rows, "na_000,,p"], {}, "1 cells of column label are empty"),
     (lambda rows: [*rows, "gone,wart,p"], {}, "images are not below"),

@@ -66,7 +66,8 @@ TABLES = {
         ("DO minus balanced softmax", [PHOTOS, DO_PHOTOS], [BOTH, DO_BOTH], ""),
         ("MORE minus balanced softmax", [PHOTOS, MORE_PHOTOS], [BOTH, BOTH], ""),
     ]),
-    "mixtures": (GROUPS, [
+    "mixtures": ((*GROUPS, "forward:50", "backward:50"), [
+        ("fitted product (the default)", DO, "aggregations/product", ""),
         ("equal weights (`--agg mean`)", DO, "aggregations/mean", ""),
         ("instance weights (`--agg instance`, Eq. 5)", DO, "aggregations/instance", ""),
         ("three stages, oracle by the true group", THREE, ROUTED, ""),
@@ -75,10 +76,6 @@ TABLES = {
         ("ratio 50: balanced softmax, 200 epochs", BASE50, VIEWS, "50.9"),
         ("ratio 50: DO, two stages of 150 and 50 epochs", DO50, "aggregations/product",
          "66.1 / 56.1 / 52.2 / 58.2"),
-    ]),
-    "shift": (SHIFTS, [
-        ("DO, instance weights (the paper's)", DO, "aggregations/instance", ""),
-        ("DO, product", DO, "aggregations/product", ""),
     ]),
     "more": (GROUPS, [
         ("CIFAR-100-LT: MORE minus balanced softmax",
