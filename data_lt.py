@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import compress, count
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -61,7 +62,7 @@ def all_sum(tensor):
 
 def find_device(name):
     """The torch.device of a --device: auto, cpu, cuda, cuda:1; under torchrun each process has a
-    GPU of its own. Raises InputError when it is not available."""
+    GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and name != "cpu":
@@ -76,17 +77,13 @@ def find_device(name):
                          "--device cpu") from None
 
 class InputError(ValueError):
-    """Bad input: one line that names the argument or file, what is wrong and what to do.
-
-    The scripts print it and end with exit code 2.
-    """
+    """Bad input: one line that names the argument or file, what is wrong and what to do. The
+    scripts print it and end with exit code 2."""
     code = 2
 
 class NotFinite(ArithmeticError):
-    """A loss, a weight or a prediction became NaN or infinite: one line that says where.
-
-    The scripts print it and end with exit code 3.
-    """
+    """A loss, a weight or a prediction became NaN or infinite: one line that says where. The
+    scripts print it and end with exit code 3."""
     code = 3
 
 # ------------------------------------------------------------------------------ splits and groups
@@ -146,9 +143,8 @@ def longtail_multilabel(labels, counts, split_seed=0):
     the other images per class. Sorted int arrays.
 
     The class with the fewest images becomes the rarest, and so on. From the rarest up, images are
-    drawn until the class has its count. No other image of it is then taken for a more frequent
-    class, which may so end below its count, or above it by images that rarer classes brought.
-    labels: 0/1 N x K; counts: (K,), in any order.
+    drawn until the class has its count; no other image of it is then taken for a more frequent
+    class, which may so miss its count. labels: 0/1 N x K; counts: (K,), in any order.
     """
     rng = np.random.RandomState(split_seed)
     order = np.argsort(labels.sum(0), kind="stable")  # the rarest class first
@@ -291,14 +287,12 @@ def top_1(found, split, data):
 
 def table(title, rows, columns=(*GROUPS, "all"), form=".1f"):
     """Lines of an aligned table. rows: {label: {column: number or None}}, "-" for None."""
-    def line(label, cells):
-        """The label and the cells, aligned."""
-        return f"{label:46}" + "".join(f" {cell:>11}" for cell in cells)
-    lines = [line(title, columns)]
+    lines = {title: columns}
     for label, values in rows.items():
         found = [values[column] for column in columns]
-        lines.append(line(label, ["-" if v is None else format(v, form) for v in found]))
-    return "\n".join(lines)
+        lines[label] = ["-" if v is None else format(v, form) for v in found]
+    return "\n".join(f"{label:46}" + "".join(f" {cell:>11}" for cell in cells)
+                     for label, cells in lines.items())
 
 # ---------------------------------------------------------------- augmentation, a batch at a time
 
@@ -311,12 +305,9 @@ def to_device(array, device):
     return tensor.to(device, non_blocking=True)
 
 def beside(batches, stream):
-    """The tensors that the iterator `batches` makes, made on a CUDA stream of their own.
-
-    torchvision's RandAugment waits for the GPU at each operation (it sends a small matrix from
-    ordinary memory). On a stream of its own it waits for its own work alone, not for the training
-    step before it. What `batches` reads on the GPU must be complete.
-    """
+    """The tensors that the iterator `batches` makes, made on a CUDA stream of their own, so that
+    torchvision's RandAugment, which waits for the GPU at each operation, does not wait for the
+    training step before it. What `batches` reads on the GPU must be complete."""
     while True:
         with torch.cuda.stream(stream):
             tensor = next(batches, None)
@@ -349,11 +340,8 @@ def crop_flip(images, rng, pad):
 
 def random_resized_crop(images, rng, size):
     """A random part of each image, 8 to 100 % of its area, 3:4 to 4:3, resized to size x size
-    (bilinear), and a flip with probability one half.
-
-    uint8 n x 3 x H x W -> uint8 n x 3 x size x size. A part that would stick out is cut to the
-    image (torchvision draws again).
-    """
+    (bilinear), and a flip with probability one half. uint8 n x 3 x H x W -> n x 3 x size x size.
+    A part that would stick out is cut to the image (torchvision draws again)."""
     n = len(images)
     area = rng.uniform(0.08, 1, n)
     ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
@@ -434,10 +422,7 @@ def normalize(images, mean, std):
 
 def channel_stats(images):
     """(mean, std): float32 tensors (3,) in 0..255 units over uint8 images N x H x W x 3, or grey
-    ones N x H x W.
-
-    ImageNet's for photographs: paths on disk, or images larger than 64 pixels.
-    """
+    ones N x H x W. Of photographs, on disk or larger than 64 pixels, ImageNet's."""
     if on_disk(images) or images.shape[1] > 64:
         mean = torch.tensor([123.675, 116.28, 103.53])
         return mean, torch.tensor([58.395, 57.12, 57.375])
@@ -512,9 +497,8 @@ def upright(image, turn):
 def deep_grey(image):
     """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
 
-    Its full scale is 65,535 for 16 bits, 1 for floats up to 2; else the first of 255, 65,535 and
-    2^32 - 1 that holds its brightest pixel. A value that is no number becomes black, the one that
-    a PNG declares transparent gets no opacity.
+    Full scale is 65,535 for 16 bits, 1 for floats up to 2; else the first of 255, 65,535 and
+    2^32 - 1 that holds the brightest pixel. A value that is no number becomes black.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     scales = [255, 65535, 2**32 - 1]
@@ -538,12 +522,11 @@ def centre_view(path, size, resize):
     """
     def place(w, h):
         """The box that is resized, and to how much."""
-        most = 10 * min(w, h)
-        across = min(w, most)
-        down = min(h, most)
+        short = min(w, h)
+        across = min(w, 10 * short)
+        down = min(h, 10 * short)
         left = round((w - across) / 2)
         top = round((h - down) / 2)
-        short = min(across, down)
         target = (int(resize * down / short), int(resize * across / short))
         return (left, top, left + across, top + down), target
 
@@ -554,9 +537,7 @@ DRAWS = threading.Lock()  # the threads of a process share torch's generator
 
 def random_view(path, seed, size):
     """A photograph for training: a random resized crop of it, mirrored with probability one half.
-
-    path -> uint8 tensor 3 x H x W. The seed alone fixes the draws. size: (H, W).
-    """
+    path -> uint8 tensor 3 x H x W. The seed alone fixes the draws. size: (H, W)."""
     mirrored = False
 
     def place(w, h):
@@ -580,7 +561,7 @@ def seed_from(*key):
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 class _Decoder(torch.utils.data.Dataset):
-    """(position, row) -> view(paths[row]); with a key the view also gets a seed that depends on
+    """(row, position) -> view(paths[row]); with a key the view also gets a seed that depends on
     the key and the position alone, in whatever thread or process."""
 
     def __init__(self, paths, view, key):
@@ -589,22 +570,17 @@ class _Decoder(torch.utils.data.Dataset):
         self.key = key
 
     def __getitem__(self, item):
-        position, row = item
+        row, position = item
         if self.key is None:
             return self.view(self.paths[row])
         return self.view(self.paths[row], seed_from(*self.key, position))
 
 def decoded(paths, picks, view, key=None, workers=0, pin=False):
     """Batches of photographs, uint8 tensors n x 3 x H x W: those of each index array in `picks`.
-
     `workers` processes decode ahead of time; 0: threads of this process decode each batch when it
-    is asked for. key: see _Decoder. Raises InputError for a file that cannot be read.
-    """
-    batches = []
-    position = 0
-    for rows in picks:
-        batches.append(list(enumerate(rows, position)))
-        position += len(rows)
+    is asked for. key: see _Decoder."""
+    positions = count()
+    batches = [list(zip(rows, positions)) for rows in picks]
     decoder = _Decoder(paths, view, key)
     if not workers:
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -690,15 +666,14 @@ class Dataset:
 
 class Images:
     """Batches of a split's images on a device: photographs on disk are decoded, arrays are in
-    memory or memory-mapped, on the device unless they take over 60 % of a GPU's free memory.
-
-    workers: see Loader. Small images are augmented 16 batches at a time, since operations cost
-    less in large groups; 8 images of a batch share RandAugment's two operations.
-    """
+    memory or memory-mapped, on the device unless they take over 60 % of a GPU's free memory. Small
+    images are augmented 16 batches at a time, since operations cost less in large groups; 8 images
+    of a batch share RandAugment's two operations."""
 
     def __init__(self, data, images, device, aug, workers):
         self.images = images
         self.device = device
+        self.cuda = device.type == "cuda"
         self.aug = aug
         self.workers = workers
         self.on_disk = on_disk(images)
@@ -708,21 +683,19 @@ class Images:
         self.centre = partial(centre_view, size=data.size, resize=data.resize)
         self.random = partial(random_view, size=data.size)
         if not self.on_disk:
-            cuda = device.type == "cuda"
-            large = cuda and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+            large = self.cuda and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
             self.images = torch.from_numpy(images).to("cpu" if large else device)
 
     def read(self, picks, view, key=None):
         """uint8 n x 3 x H x W on the device of each index array: a view of photographs on disk,
         arrays whole."""
-        cuda = self.device.type == "cuda"
         if self.on_disk:
-            for x in decoded(self.images, picks, view, key, self.workers, cuda):
+            for x in decoded(self.images, picks, view, key, self.workers, self.cuda):
                 yield x.to(self.device, non_blocking=True)
             return
         for rows in picks:
             x = self.images[to_device(rows, self.images.device)]
-            if cuda and not x.is_cuda:
+            if self.cuda and not x.is_cuda:
                 x = x.pin_memory()
             x = x.to(self.device, non_blocking=True)
             if x.dim() == 3:  # grey
@@ -765,20 +738,20 @@ class Loader:
         self.device = device
         self.batch_size = min(batch_size, len(data.train) // WORLD * WORLD)
         if WORLD > 1 and (batch_size % WORLD or self.batch_size < 4 * WORLD):
-            raise InputError(f"--batch-size {batch_size}, {len(data.train)} training images: the "
-                             f"batch of all {WORLD} processes must be a multiple of {WORLD}, with "
-                             "4 images per process or more")
+            raise InputError(f"--batch-size {batch_size}: give a multiple of {WORLD}, 4 training "
+                             "images or more for each process")
         self.steps = len(data.train) // self.batch_size  # whole batches that the images make up
         if self.steps < 5:
-            print(f"note: {len(data.train)} training images make {self.steps} steps per epoch of "
-                  f"{self.batch_size} images; a smaller --batch-size makes more")
+            print(f"note: {len(data.train)} training images make {self.steps} steps per epoch; a "
+                  "smaller --batch-size makes more")
         mean, std = stats or channel_stats(data.train.images)
         self.mean = mean.to(device)
         self.std = std.to(device)
         self.labels = torch.from_numpy(data.train.labels).to(device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if cuda else None
         if workers is None:  # on a CPU processes would take the cores that the training needs
-            workers = WORKERS if device.type == "cuda" else 0
+            workers = WORKERS if cuda else 0
         self.sources = {}
         for part in PARTS:
             images = getattr(data, part).images
@@ -819,8 +792,7 @@ class Loader:
 
         take(logits, rows) gets the float32 logits T x (1 + views) x n x K that the `networks`
         give a few images, `rows` of the split, and `views` random crop-and-flip views of each, and
-        returns {name: tensor n x ..}. The views depend on the seed alone. Processes share the work
-        and all get the whole. Raises NotFinite.
+        returns {name: tensor n x ..}. Processes share the work. Raises NotFinite.
         """
         for network in networks:
             network.eval()
@@ -835,9 +807,7 @@ class Loader:
         batch = max(1, min(source.batch, batch))  # so that their logits fit memory
         starts = range(RANK * batch, n, WORLD * batch)
         picks = [np.arange(start, min(start + batch, n)) for start in starts]
-        idle = not picks  # a process without a share must know the names all the same
-        if idle:
-            picks = [np.arange(1)]
+        picks = picks or [np.arange(1)]  # a process without a share must know the names, too
         odd = torch.zeros(1, device=self.device)
         whole = {}
         for rows, images in zip(picks, source.clean(picks)):
@@ -852,7 +822,7 @@ class Loader:
             for name, values in take(logits, rows).items():
                 if name not in whole:
                     whole[name] = values.new_zeros(n, *values.shape[1:])
-                if not idle:
+                if starts:
                     whole[name][rows[0] : rows[-1] + 1] = values
         if all_sum(odd) > 0:
             raise NotFinite(f"predictions of the {part} images are not finite numbers")
@@ -872,21 +842,22 @@ class Loader:
         return self.sweep([network], part, take).get("found")
 
 def fingerprint(data):
-    """What identifies a dataset, wherever it lies: {"class_names", "counts", and of each part
-    (paths of its photographs below their common folder, hashes of its labels and its arrays)}.
-    Of arrays at most some 1,000 images are hashed."""
-    found = {"class_names": data.class_names, "counts": data.counts.tolist()}
-    files = [path for part in PARTS for path in getattr(data, part).images if type(path) is str]
-    root = os.path.commonpath([os.path.dirname(path) for path in files]) if files else ""
-    for part in PARTS:
-        images = getattr(data, part).images
-        hashes = [sha256(getattr(data, part).labels)]
-        paths = []
-        if on_disk(images):
-            paths = [os.path.relpath(path, root) for path in images]
-        else:
-            hashes.append(sha256(images[::max(1, len(images) // 1000)]))
-        found[part] = paths, hashes
+    """What identifies a dataset, wherever it lies: {"class_names", "counts", "files" (paths of its
+    photographs below their common folder), and of each part hashes of labels and arrays}. Of
+    arrays at most some 1,000 images are hashed."""
+    splits = {part: getattr(data, part) for part in PARTS}
+    files = [path for split in splits.values() if on_disk(split.images) for path in split.images]
+    root = os.path.commonpath(files) if files else ""
+    found = {
+        "class_names": data.class_names,
+        "counts": data.counts.tolist(),
+        "files": [os.path.relpath(path, root) for path in files],
+    }
+    for part, split in splits.items():
+        found[part] = [sha256(split.labels)]
+        if not files:
+            step = max(1, len(split) // 1000)
+            found[part].append(sha256(split.images[::step]))
     return found
 
 def sha256(array):
@@ -894,15 +865,12 @@ def sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 def check_same_data(data, saved, run):
-    """Raise InputError unless the data are those of a checkpoint's fingerprint, naming a photograph
-    that is gone or new."""
+    """Raise InputError unless the data have a checkpoint's fingerprint."""
     found = fingerprint(data)
     differ = [key for key in found if saved.get(key) != found[key]]
     if differ:
-        before, now = ({path for part in PARTS for path in some.get(part, [[]])[0]}
-                       for some in (saved, found))
-        odd = sorted(before ^ now)
-        said = f": {len(odd):,} are gone or new, {odd[0]} first" if odd else ""
+        odd = sorted(set(found["files"]).symmetric_difference(saved.get("files", [])))
+        said = f": {odd[0]} is gone or new" if odd else ""
         raise InputError(f"{run} is of a run on other data, {differ[0]}{said}; put them back as "
                          "they were, or give another --out")
 
@@ -945,7 +913,7 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     if untested:
         print(f"warning: {len(untested)} of {len(class_names)} classes have no test image: "
               f"{', '.join(untested[:5])}")
-    shown = image_size(source, train.images, size, arrays)
+    shown = image_size(source, train.images, size, arrays.get("photographs"))
     name = str(arrays.get("name", name))
     data = Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
     warn_of_twins(data)
@@ -953,50 +921,47 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
 
 def read_dataset(name, root, lists, split_seed, columns, group):
     """What a reader finds, {"train_images": .., "train_labels": .., .., "source": what was read}.
-    Arguments: see load_dataset. Raises InputError."""
+    Arguments: see load_dataset."""
     path = Path(name)
     if not is_table(path) and (columns or group):
-        raise InputError(f"--columns and --group are for tables of labels, .csv or .tsv; {name} is "
-                         "none")
+        raise InputError(f"--columns, --group: {name} is no table of labels, .csv or .tsv; leave "
+                         "them out")
     if name in READERS:
-        if path.is_dir():
-            print(f"note: --dataset {name} is the one of this name; the folder is ./{name}")
         return {"source": root} | READERS[name](root, lists, split_seed)
     if is_table(path) and path.is_file():
-        return {"source": path} | read_table(path, root, split_seed, columns, group)
-    if path.suffix == ".npz":
-        return {"source": path} | read_npz(path)
-    if (path / "train_images.npy").is_file():
-        return {"source": path} | read_packed(path)
-    if path.is_dir():
-        with reading(path, "make all folders in it readable"):
-            return {"source": path} | read_folder(path, split_seed)
-    raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz, "
-                     "table (.csv, .tsv) or folder of photographs")
+        found = read_table(path, root, split_seed, columns, group)
+    elif path.suffix == ".npz":
+        found = read_npz(path)
+    elif (path / "train_images.npy").is_file():
+        found = read_packed(path)
+    elif path.is_dir():
+        found = read_folder(path, split_seed)
+    else:
+        raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz, "
+                         "table (.csv, .tsv) or folder of photographs")
+    return {"source": path} | found
 
-def image_size(source, images, size, about):
-    """(size, resize, photographs) of a Dataset from its images and --size. about: what `pack` says
-    of them: photographs, that it made squares of; resize, where it cut the centre out. Arrays of
-    which it says nothing are photographs above 64 pixels. Raises InputError."""
+def image_size(source, images, size, packed):
+    """(size, resize, photographs) of a Dataset from its images and --size. packed: whether a pack
+    says that it holds photographs, which it made squares of; other arrays (None) are photographs
+    above 64 pixels. Raises InputError."""
     if on_disk(images):
         side = size or 224
-        return (side, side), round(side * 256 / 224), True
-    height, width = images.shape[1:3]
-    shorter = min(height, width)
-    if about.get("photographs", shorter > 64):
-        side = size or (shorter * 224 // 256 if "photographs" in about else min(shorter, 224))
-        if side > shorter:
-            raise InputError(f"--size {side}: {source} holds images of {shorter} pixels; pack "
-                             "larger ones or take less")
-        return (side, side), round(side * 256 / 224), True
-    if size not in (None, height):
-        raise InputError(f"--size {size}: {source} holds arrays of {height} pixels, which are used "
-                         "as they are; leave it out")
-    return (height, width), int(about.get("resize", max(height, width))), False
+    else:
+        height, width = images.shape[1:3]
+        shorter = min(height, width)
+        photographs = shorter > 64 if packed is None else packed
+        if size and (size > shorter if photographs else size != height):
+            raise InputError(f"--size {size}: {source} holds images of {shorter} pixels; leave it "
+                             "out, or pack larger ones")
+        if not photographs:
+            return (height, width), max(height, width), False
+        side = size or (shorter * 224 // 256 if packed else min(shorter, 224))
+    return (side, side), round(side * 256 / 224), True
 
 def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
     """The splits with a long-tailed draw of the training images, and those that it leaves out as
-    validation images unless there are some. Raises InputError."""
+    validation images unless there are some."""
     train = splits["train"]
     draw = longtail_multilabel if train.labels.ndim == 2 else longtail_indices
     try:  # a file may hold each class only as far as some split needs it, but its largest whole
@@ -1012,43 +977,39 @@ def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
 # ----------------------------------------------------------------------------------------- checks
 
 def check_arrays(source, arrays):
-    """({"train", "test" and perhaps "val": Split}, class names) from what a reader found.
-
-    Raises InputError for wrong shapes, types or labels, and an empty split.
-    """
-    images = {part: np.atleast_1d(arrays.get(f"{part}_images", [])) for part in PARTS}
+    """({"train", "test" and perhaps "val": Split}, class names) from what a reader found. Raises
+    InputError for wrong shapes, types or labels, and an empty split."""
+    images = {part: np.asanyarray(arrays.get(f"{part}_images", [])) for part in PARTS}
+    labels = {}
     with reading(source, "store labels as whole numbers, or rows of 0 and 1"):
-        labels = {part: np.array(arrays.get(f"{part}_labels", []), np.float64) for part in PARTS}
-        several = labels["train"].ndim == 2 and labels["train"].shape[1] > 1
+        for part in PARTS:
+            rows = np.array(arrays.get(f"{part}_labels", []), np.float64)
+            labels[part] = np.atleast_2d(rows.T).T  # N x 1 or N x K; MedMNIST keeps a column
+        several = labels["train"].shape[1] > 1
         found = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
-    names = arrays.get("class_names")
-    names = [str(name) for name in np.atleast_1d(range(found) if names is None else names)]
+        names = [str(name) for name in arrays.get("class_names", range(found))]
     times = Counter(names)
     names = [name if times[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
-    wanted = f"{len(names)} times 0 or 1" if several else f"a number in 0..{len(names) - 1}"
+    width = len(names) if several else 1
+    wanted = f"{width} times 0 or 1" if several else f"a number in 0..{len(names) - 1}"
     splits = {}
     for part in PARTS:
         x = images[part]
         y = labels[part]
-        y = y[:, 0] if y.shape[1:] == (1,) else y  # MedMNIST keeps a column
-        if part == "val" and not len(x) + y.size:
+        if part == "val" and not x.size + y.size:
             continue
         if not y.size:
-            raise InputError(f"{source}: {part}_labels is empty; there must be images to train and "
-                             "test on")
+            raise InputError(f"{source}: {part}_labels is absent or empty; there must be images to "
+                             "train and test on")
         pixels = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,))
-        if not (pixels or on_disk(x)):
+        if not (pixels or on_disk(x)) or x.shape[1:3] != images["train"].shape[1:3]:
             raise InputError(f"{source}: {part}_images is {x.dtype} {x.shape}; store uint8, N x H "
-                             "x W x 3 or N x H x W")
-        right = np.isin(y, np.arange(2 if several else len(names))).all()
-        if y.shape != (len(x), len(names))[: 1 + several] or not right:
+                             "x W x 3 or N x H x W, of one size in all parts")
+        known = np.isin(y, np.arange(2 if several else len(names)))
+        if y.shape != (len(x), width) or not known.all():
             raise InputError(f"{source}: {part}_labels is {y.shape}, {y.min():g} to {y.max():g}; "
-                             f"store {wanted} for each of {len(x)} images")
-        splits[part] = Split(x, y.astype(np.uint8 if several else np.int64))
-    sizes = {split.images.shape[1:3] for split in splits.values()}
-    if len(sizes) > 1:
-        found = ", ".join(" x ".join(map(str, size)) for size in sorted(sizes))
-        raise InputError(f"{source}: its images differ in size ({found} pixels); store one size")
+                             f"store {wanted} for each image")
+        splits[part] = Split(x, y.astype(np.uint8) if several else y[:, 0].astype(np.int64))
     if several and (splits["train"].labels.sum(1) == 1).all():
         print(f"note: {source} marks exactly one label per image and is taken as several labels; "
               "to train with one label, store class numbers")
@@ -1072,7 +1033,7 @@ def reading(path, remedy="copy or download it again"):
     except Exception as error:  # a cut or garbled file fails in a dozen ways
         if isinstance(error, FileNotFoundError) and error.filename:
             raise InputError(f"{error.filename}: no such file; {remedy}") from None
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {why(error)[:100]}); "
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {why(error)}); "
                          f"{remedy}") from None
 
 def write_file(path, write, keep_previous=False):
@@ -1083,16 +1044,16 @@ def write_file(path, write, keep_previous=False):
     """
     if RANK:
         return
-    path = os.path.realpath(path)  # behind a link the file itself
-    tmp = Path(f"{path}.tmp")
+    path = Path(path).resolve()  # behind a link the file itself
+    tmp = path.with_name(f"tmp.{path.name}")  # np.save would add a suffix that it misses
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        if path.exists() and not path.is_file():
             raise OSError("it is no regular file")  # a folder, or a device
         tmp.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
-        if keep_previous and Path(path).exists():
-            os.replace(path, f"{path}.prev")
-        os.replace(tmp, path)
+        if keep_previous and path.exists():
+            path.replace(f"{path}.prev")
+        tmp.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save says "file write failed" as RuntimeError
         if "CUDA" in str(error):
             raise
@@ -1125,13 +1086,9 @@ def read_checkpoint(path):
     return {}
 
 def read_npz(path):
-    """The arrays of an .npz as a dict. Raises InputError when it is damaged or lacks a key."""
+    """The arrays of an .npz as a dict."""
     with reading(path), np.load(path) as file:
-        arrays = dict(file)
-    missing = {"train_images", "train_labels", "test_images", "test_labels"} - arrays.keys()
-    if missing:
-        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; it has {', '.join(arrays)}")
-    return arrays
+        return dict(file)
 
 def show_progress(what, done, total):
     """A line that is written over until all is done."""
@@ -1144,10 +1101,7 @@ def is_table(path):
 
 def pack(data, target, size, workers):
     """Freeze a dataset's splits as arrays in a folder that are read memory-mapped (read_packed).
-
-    Photographs become squares of size x size pixels; images in memory stay as they are. Raises
-    InputError.
-    """
+    Photographs become squares of size x size pixels; images in memory stay as they are."""
     target = Path(target)
     if target.suffix == ".npz" or target.is_dir() and subfolders(target):
         raise InputError(f"--pack {target}: give a new folder, without .npz and folders of its own")
@@ -1155,43 +1109,34 @@ def pack(data, target, size, workers):
     about.unlink(missing_ok=True)
     for part in PARTS:
         split = getattr(data, part)
-        images = partial(save_images, split=split, size=size, workers=workers)
-        write_file(target / f"{part}_images.npy", images)
-        write_file(target / f"{part}_labels.npy", partial(save_array, array=split.labels))
+        write = partial(np.save, arr=split.images)
+        if on_disk(split.images):
+            write = partial(save_photographs, paths=split.images, size=size, workers=workers)
+        write_file(target / f"{part}_images.npy", write)
+        write_file(target / f"{part}_labels.npy", partial(np.save, arr=split.labels))
     said = {
         "name": data.recipe,
         "photographs": data.photographs,
         "class_names": data.class_names,
-        "resize": data.resize,
     }
     write_file(about, lambda tmp: tmp.write_text(json.dumps(said)))
 
-def save_array(path, array):
-    """An array as .npy, whatever the file's name."""
-    with open(path, "wb") as file:
-        np.save(file, array)
-
-def save_images(path, split, size, workers):
-    """A split's images as .npy; photographs become squares, batch by batch."""
-    if not on_disk(split.images):
-        save_array(path, split.images)
-        return
-    picks = np.split(np.arange(len(split)), range(256, len(split), 256))
+def save_photographs(path, paths, size, workers):
+    """Photographs as an .npy of squares, batch by batch."""
+    n = len(paths)
+    picks = [np.arange(i, min(i + 256, n)) for i in range(0, n, 256)]
     view = partial(centre_view, size=(size, size), resize=size)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), size, size, 3)}
-    done = 0
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for x in decoded(split.images, picks if len(split) else [], view, workers=workers):
-            done += len(x)
-            show_progress("photographs packed", done, len(split))
-            file.write(x.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        for rows, x in zip(picks, decoded(paths, picks, view, workers=workers)):
+            file.write(x.permute(0, 2, 3, 1).contiguous().numpy())
+            show_progress("photographs packed", rows[-1] + 1, n)
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
     with reading(folder / "about.json", "write the folder again with --pack"):
-        about = json.loads((folder / "about.json").read_text())
-        arrays = {key: about[key] for key in ("name", "photographs", "class_names", "resize")}
+        arrays = json.loads((folder / "about.json").read_text())
         for part in PARTS:
             arrays[f"{part}_labels"] = np.load(folder / f"{part}_labels.npy")
             images = np.load(folder / f"{part}_images.npy", mmap_mode="c")  # copy on write
@@ -1200,11 +1145,11 @@ def read_packed(folder):
 
 def read_cifar(name, root, lists, split_seed):
     """CIFAR from ROOT/NAME.npz, else through torchvision, which downloads it when its files are
-    absent (process 0 first). Raises InputError when that fails."""
+    absent (process 0 first)."""
     file = root / f"{name}.npz"
     if file.exists():
         return {"source": file} | read_npz(file)
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    kind = getattr(datasets, name.upper())
     try:
         if RANK and dist.is_initialized():
             dist.barrier()
@@ -1213,9 +1158,8 @@ def read_cifar(name, root, lists, split_seed):
         if RANK == 0 and dist.is_initialized():
             dist.barrier()
     except Exception as error:
-        raise InputError(f"--data-root {root}: no {name} there and no download "
-                         f"({type(error).__name__}); put {kind.filename} (unpacked, or "
-                         f"{name}.npz) into it by hand") from None
+        raise InputError(f"--data-root {root}: no {name} there and no download ({why(error)}); put "
+                         f"{kind.filename} (unpacked, or {name}.npz) into it by hand") from None
     return {
         "source": f"torchvision in {root}",
         "class_names": train.classes,
@@ -1254,8 +1198,11 @@ def image_files(folder, skipped=None):
                 folders.clear()
                 continue
             known.add(here)
-            folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-            for name in sorted(name for name in files if not name.startswith(HIDDEN)):
+            folders.sort()
+            folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+            for name in sorted(files):
+                if name.startswith(HIDDEN):
+                    continue
                 if name.lower().endswith(IMAGE_SUFFIXES):
                     found.append(os.path.join(parent, name))
                 elif skipped is not None:
@@ -1266,37 +1213,41 @@ def read_folder(path, split_seed):
     """A folder with train/CLASS/* and test/CLASS/* (and val/CLASS/*; other names: FOLDERS), or a
     flat one, CLASS/*, which is split (draw_parts). Raises InputError."""
     skipped = Counter()
-    places = {}
-    loose = []
-    for place in sorted(path.iterdir()):
-        part = FOLDERS.get(place.name.lower())
-        if not part or not place.is_dir():
-            continue
-        if not subfolders(place):  # one alone may be a class called train
-            loose.append(place)
-        elif part in places:
-            raise InputError(f"{path}: {places[part].name}/ and {place.name}/ are one part; keep "
-                             "one of them")
-        else:
-            places[part] = place
-    if len(places) + len(loose) > 1 and any(map(image_files, loose)):
-        table = next((p for p in sorted(path.rglob("*")) if is_table(p)), "labels.csv")
-        raise InputError(f"{path}: {loose[0].name}/ has images without class folders; sort them "
-                         "into CLASS folders, or list their names and labels in a table: --dataset "
-                         f"{table} --data-root {path}")
-    try:
-        if places:
-            names, files = read_parts(path, places, skipped)
-        else:
-            names, files = split_flat_folder(path, split_seed, skipped)
-    finally:
-        say_skipped(path, skipped)
-    used = {*names, *places.values()}
-    for place in (path, *places.values()):
-        left = [p.name for p in sorted(place.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES
-                or p.name in subfolders(place) and not {p, one_form(p.name)} & used]
-        if left:
-            print(f"note: {place}: {len(left)} not used: {', '.join(left[:5])}")
+    unused = set(image_files(path, skipped))
+    say_skipped(path, skipped)
+    named = [name for name in subfolders(path) if name.lower() in FOLDERS]
+    parts = [name for name in named if subfolders(path / name)]  # else a class may be called train
+    places = {FOLDERS[name.lower()]: path / name for name in parts}
+    flat = not parts and len(named) < 2
+    if not flat and not (places.keys() > {"train"} and len(places) == len(parts)):
+        listed = next((p for p in sorted(path.rglob("*")) if is_table(p)), "labels.csv")
+        raise InputError(f"{path}: needs one train/CLASS/* and one test/CLASS/* (or val/), not "
+                         f"{', '.join(named)}; sort the images into CLASS folders, or read them by "
+                         f"a table of labels: --dataset {listed} --data-root {path}")
+    if flat:
+        places = {"train": path}
+    elif "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
+        places["test"] = places.pop("val")
+        print(f"note: {path}: no test/CLASS/*; {places['test'].name}/ is tested on")
+    found = {part: class_images(place) for part, place in places.items()}
+    names = sorted(found["train"])
+    files = {}
+    for part, by_class in found.items():
+        unknown = by_class.keys() - names
+        if unknown:
+            raise InputError(f"{places[part]}: train/ lacks its class folder {min(unknown)}")
+        images = [by_class.get(name, []) for name in names]
+        paths = [file for some in images for file in some]
+        files[part] = paths, np.repeat(np.arange(len(names)), list(map(len, images)))
+        unused.difference_update(paths)
+    if unused:
+        print(f"note: {path}: {len(unused)} images are in no class, {min(unused)} first")
+    if flat:
+        print(f"{path}: no train/ and test/; {DRAWN.format(split_seed)}")
+        paths, labels = files["train"]
+        drawn = draw_parts(labels, [os.path.relpath(file, path) for file in paths], split_seed)
+        paths = np.array(paths, dtype=object)
+        files = {part: (paths[drawn == part], labels[drawn == part]) for part in PARTS}
     return as_arrays(files, names)
 
 def say_skipped(path, skipped, file=None):
@@ -1306,36 +1257,15 @@ def say_skipped(path, skipped, file=None):
         print(f"{path}: {sum(skipped.values())} files skipped ({kinds}); convert photographs among "
               "them to JPEG or PNG", file=file)
 
-def read_parts(path, places, skipped):
-    """(class names, {part: (paths, labels)}) of a folder with train/ and test/ or val/."""
-    if "train" not in places or len(places) == 1:
-        raise InputError(f"{path}: needs train/CLASS/* and test/CLASS/* (or val/); of these it has "
-                         f"{', '.join(place.name for place in places.values())}/CLASS")
-    if "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
-        places["test"] = places.pop("val")
-        print(f"note: {path}: no test/CLASS/*; {places['test'].name}/ is tested on")
-    names = sorted(class_folders(places["train"]))
-    return names, {part: class_images(place, names, skipped) for part, place in places.items()}
-
-def class_images(place, names, skipped):
-    """(paths, labels) of the images CLASS/* in a folder, of the classes `names`. Raises InputError
-    for another class."""
-    folders = class_folders(place)
-    unknown = sorted(folders.keys() - set(names))
-    if unknown:
-        raise InputError(f"{place}: class folders that train/ lacks: {', '.join(unknown[:3])}")
-    found = [image_files(place / folders[name], skipped) if name in folders else []
-             for name in names]
-    labels = np.repeat(np.arange(len(names)), [len(files) for files in found])
-    return np.array([file for files in found for file in files], dtype=object), labels
-
-def split_flat_folder(path, split_seed, skipped):
-    """(class names, {part: (paths, labels)}) of a folder CLASS/*, by draw_parts."""
-    names = sorted(class_folders(path))
-    paths, labels = class_images(path, names, skipped)
-    drawn = draw_parts(labels, [os.path.relpath(file, path) for file in paths], split_seed)
-    print(f"{path}: no train/ and test/; {DRAWN.format(split_seed)}")
-    return names, {part: (paths[drawn == part], labels[drawn == part]) for part in PARTS}
+def class_images(place):
+    """{class name: paths of its images} of the folders CLASS/ in a folder. Raises InputError when
+    there are none."""
+    found = {}
+    for folder in subfolders(place):
+        found.setdefault(one_form(folder), []).extend(image_files(place / folder))
+    if not found:
+        raise InputError(f"{place}: no class folders in it; every class needs a folder of images")
+    return found
 
 DRAWN = ("split per class by --split-seed {}: 70 % training, 10 % validation, 20 % test images (of "
          "small classes none for validation, at least one to test on)")
@@ -1343,12 +1273,9 @@ DRAWN = ("split per class by --split-seed {}: 70 % training, 10 % validation, 20
 def draw_parts(labels, units, split_seed):
     """The part of each image, a str array (N,): of each class 20 % test images, at least one, 10 %
     validation and 70 % training images. Classes that would be few-shot keep their validation
-    images for training, classes of one unit all.
-
-    labels: int (N,); units: N strings; images of one unit (a patient, else its own path) are in
-    one part. The order of the draw is that of a hash of each unit, so that more images change the
-    parts of hardly any old one.
-    """
+    images for training, classes of one unit all. labels: int (N,); units: N strings; images of one
+    unit (a patient, else its own path) are in one part. The order of the draw is that of a hash of
+    each unit, so that more images change the parts of hardly any old one."""
     members = {}
     for i, unit in enumerate(units):
         drawn = hashlib.sha256(os.fsencode(f"{split_seed} {unit}")).digest()
@@ -1372,12 +1299,11 @@ def draw_parts(labels, units, split_seed):
     return parts
 
 def marks_of(images):
-    """For each of a list of images what the same image has too, and hardly another: of arrays a
-    row of pixels, of photographs a hash of the file's size and end.
-
-    So the headers of all photographs are opened, in parallel and with progress. Raises InputError
-    with the number of those that cannot be read, and the first.
-    """
+    """For each of a split's images what the same image has too, and hardly another: of arrays a
+    row of pixels, of photographs a hash of the file's size and end. So the headers of all
+    photographs are opened; raises InputError with the number of those that cannot be read."""
+    if not on_disk(images):
+        return [image[len(image) // 2].tobytes() for image in images]
     bad = []
 
     def mark(path):
@@ -1389,13 +1315,12 @@ def marks_of(images):
                 return hashlib.sha256(b"%d " % size + file.read()).digest()
         except Exception as error:  # a garbled file fails in a dozen ways
             bad.append(f"{path} ({type(error).__name__})")
-    if not isinstance(images[0], str):
-        return [image[len(image) // 2].tobytes() for image in images]
+
     marks = []
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(images), 1000):
             marks += pool.map(mark, images[start : start + 1000])
-            if len(images) >= 2000:
+            if len(images) > 1000:
                 show_progress("photographs checked", len(marks), len(images))
     if bad:
         raise InputError(f"{len(bad):,} of {len(images):,} photographs cannot be read, the first: "
@@ -1403,29 +1328,22 @@ def marks_of(images):
     return marks
 
 def warn_of_twins(data):
-    """Print how many images are in two parts or in two classes. Raises InputError for photographs
-    that cannot be read. Process 0 alone."""
+    """Print how many images are in two parts; process 0 alone."""
     if RANK:
         return
-    rows = []
-    for part in PARTS:
-        split = getattr(data, part)
-        rows += [(part, *row) for row in zip(split.images, split.labels)]
-    same = filecmp.cmp if on_disk(data.train.images) else np.array_equal
-    twins = {"parts": [], "classes": []}
+    files = on_disk(data.train.images)
+    same = filecmp.cmp if files else np.array_equal
+    twins = []
     first = {}
-    for row, mark in zip(rows, marks_of([image for _, image, _ in rows])):
-        part, image, label = row
-        other_part, other, other_label = first.setdefault(mark, row)
-        where = "classes" if part == other_part else "parts"
-        harmless = part == other_part and np.array_equal(label, other_label)
-        if not harmless and same(image, other):
-            names = f": {image} is {other}" if isinstance(image, str) else ""
-            twins[where].append(f"{part} and {other_part}{names}")
-    for where, found in twins.items():
-        if found:
-            print(f"warning: {len(found):,} images are in two {where}, so figures will be wrong; "
-                  f"the first in {found[0]}")
+    for part in PARTS:
+        images = getattr(data, part).images
+        for mark, image in zip(marks_of(images), images):
+            other_part, other = first.setdefault(mark, (part, image))
+            if part != other_part and same(image, other):
+                twins.append(f"{image} is {other}" if files else f"{part} and {other_part}")
+    if twins:
+        print(f"warning: {len(twins):,} images are in two parts, so figures will be wrong; the "
+              f"first: {twins[0]}")
 
 def subfolders(place):
     """Names of the folders in a folder, sorted, without HIDDEN ones."""
@@ -1435,34 +1353,20 @@ def one_form(name):
     """A name in one of the forms that Unicode has for letters with accents (NFC)."""
     return unicodedata.normalize("NFC", name)
 
-def class_folders(place):
-    """{class name: folder} of the class folders in a folder. Raises InputError when there are
-    none, or two of one name."""
-    folders = subfolders(place)
-    if not folders:
-        raise InputError(f"{place}: no class folders in it; every class needs a folder of images")
-    found = {one_form(name): name for name in folders}
-    if len(found) < len(folders):
-        raise InputError(f"{place}: two class folders have one name, in two forms of Unicode; "
-                         "put their images into one")
-    return found
-
-def as_arrays(parts, names):
+def as_arrays(files, names):
     """What a reader returns, from {part: (paths, labels)} and class names."""
     arrays = {"class_names": names}
-    for part, (paths, labels) in parts.items():
-        arrays[f"{part}_images"] = np.array([str(p) for p in paths], dtype=object)
+    for part, (paths, labels) in files.items():
+        arrays[f"{part}_images"] = np.array(paths, dtype=object)
         arrays[f"{part}_labels"] = labels
     return arrays
 
 def locate(arrays, root, skip_missing=False):
     """Bring the listed photographs of a reader's arrays to where they are: see Finder. What is not
-    there at all is left out, with skip_missing. Raises InputError with the number of those that
-    are not there, and the first.
-    """
+    there at all is left out, with skip_missing, or an InputError."""
     finder = None
     for part in PARTS:
-        paths = np.atleast_1d(arrays.get(f"{part}_images", []))
+        paths = arrays.get(f"{part}_images", np.empty(0))
         if not on_disk(paths):
             continue
         with ThreadPoolExecutor(16) as pool:
@@ -1470,11 +1374,12 @@ def locate(arrays, root, skip_missing=False):
         for i in np.flatnonzero(~there):
             finder = finder or Finder(root)
             found = finder.find(paths[i])
-            paths[i] = found or paths[i]
-            there[i] = found is not None
-        if there.all():
-            continue
+            if found:
+                paths[i] = found
+                there[i] = True
         gone = paths[~there]
+        if not len(gone):
+            continue
         said = (f"{len(gone):,} of {len(paths):,} {part} images are not below {root}, {gone[0]} "
                 "first")
         if not skip_missing:
@@ -1495,13 +1400,12 @@ class Finder:
 
     def __init__(self, root):
         self.known = {}  # path below the root, with and without suffix: the path
-        self.bare = {}  # the same of names alone; None where several images have one
         for path in image_files(root):
             below = one_form(path[len(str(root)) :].lstrip("/"))
             for name in (below, os.path.splitext(below)[0]):
                 self.known[name] = path
-                last = name.split("/")[-1]
-                self.bare[last] = path if self.bare.get(last, path) == path else None
+                anywhere = f"*/{name.split('/')[-1]}"  # None where several images have the name
+                self.known[anywhere] = path if self.known.get(anywhere, path) == path else None
 
     def find(self, name):
         """The path of an image, by the longest tail of its name that exists; None if none does."""
@@ -1509,42 +1413,45 @@ class Finder:
             return self.known[name]
         parts = one_form(name).replace("\\", "/").split("/")
         parts = [part for part in parts if part not in ("", ".")]
-        if len(parts) == 1 and parts[0] in self.bare:
-            return self.bare[parts[0]]
-        tails = ["/".join(some[i:]) for some in (parts, parts[:-2] + parts[-1:])
-                 for i in range(len(some))]
-        forms = (form for tail in tails for form in (tail, os.path.splitext(tail)[0]))
-        return next((self.known[form] for form in forms if form in self.known), None)
+        if len(parts) == 1:
+            parts = ["*", *parts]
+        for some in (parts, parts[:-2] + parts[-1:]):  # the second without the class folder
+            for i in range(len(some)):
+                tail = "/".join(some[i:])
+                found = self.known.get(tail) or self.known.get(os.path.splitext(tail)[0])
+                if found:
+                    return found
+        return None
 
 def read_columns(path):
-    """{column: its cells} of a .csv or .tsv, without blanks around them. Raises InputError."""
+    """{column: its cells} of a .csv or .tsv, without blanks around them."""
     with reading(path, "save it as UTF-8 text, the names of its columns first"):
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
             lines = csv.reader(file, delimiter=max(",;\t", key=first.count))
             rows = [[cell.strip() for cell in line] for line in lines]
-    rows = [row for row in rows if any(row)]
-    if len(rows) < 2 or len(set(rows[0])) < len(rows[0]):
+    names, *rows = filter(any, rows or [[]])
+    if not rows or len(set(names)) < len(names):
         raise InputError(f"{path}: needs lines below the names of its columns, each another name")
-    odd = [row for row in rows if len(row) != len(rows[0])]
-    if odd:
-        raise InputError(f"{path}: the line of {odd[0][0]} has {len(odd[0])} cells, not "
-                         f"{len(rows[0])}; put cells that hold a comma into quotes")
-    return dict(zip(rows[0], zip(*rows[1:])))
+    for row in rows:
+        if len(row) != len(names):
+            raise InputError(f"{path}: the line of {row[0]} has {len(row)} cells, not "
+                             f"{len(names)}; put cells that hold a comma into quotes")
+    return dict(zip(names, zip(*rows)))
 
 LABEL_COLUMNS = ("label labels class classes category categories target diagnosis dx species tag "
                  "tags class_name label_name finding_labels").split()
-MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+YES = {"1", "1.0", "true"}
+YES_OR_NO = YES | {"0", "0.0", "false"}
 
 def find_columns(path, root, table, finder, asked, group):
     """(column of file names, columns of labels, column of parts or None) of a table. asked: the
     first of them, as --columns has them. Raises InputError where it is not clear."""
-    absent = {*asked, *filter(None, [group])} - table.keys()
+    absent = {*asked, group} - {None, *table}
     if absent:
         raise InputError(f"{path}: has no column {min(absent)}; it has {', '.join(table)}")
     values = {name: {cell.lower() for cell in cells} for name, cells in table.items()}
-    parts = [name for name, found in values.items() if len(found) > 1 and found <= FOLDERS.keys()]
     found = {}
     for name in asked[:1] or table:
         cells = table[name]
@@ -1552,15 +1459,14 @@ def find_columns(path, root, table, finder, asked, group):
         found[name] = len({finder.find(cell) for cell in some} - {None})
     image = max(found, key=found.get)
     if not found[image]:
-        firsts = ", ".join(cells[0] for cells in table.values())
-        raise InputError(f"{path}: no column names images below {root} ({firsts}); give the folder "
-                         "that holds them as --data-root")
+        raise InputError(f"{path}: no column names images below {root}; give the folder that "
+                         "holds them as --data-root")
+    parts = [name for name in table if values[name] <= FOLDERS.keys() and len(values[name]) > 1]
     free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
-    marks = [name for name in free if values[name] <= MARKS.keys()]
-    repeated = [name for name in free if len(values[name]) <= len(table[name]) / 2]
-    labels = asked[1:] or usual or (marks if len(marks) > 1 else repeated)
-    if len(labels) != 1 and labels not in (marks, asked[1:]) or not labels:
+    marks = [name for name in free if values[name] <= YES_OR_NO]
+    labels = asked[1:] or usual or (marks if len(marks) > 1 else free)
+    if not labels or len(labels) > 1 and not set(labels) <= set(marks):
         raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
                          "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
     return image, labels, parts[0] if parts else None
@@ -1570,30 +1476,15 @@ def cell_labels(cells):
     between commas where that makes fewer labels than cells differ."""
     mark = next((mark for mark in "|;" if any(mark in cell for cell in cells)), ",")
     split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
-    known = {label for labels in split.values() for label in labels}
+    known = set().union(*split.values())
     if mark == "," and len(known) > len(split):
-        split = {cell: [cell] for cell in split}
+        return [[cell] for cell in cells]
     return [list(filter(None, split[cell])) for cell in cells]
-
-def marked_labels(path, columns):
-    """The columns in which each line has a 1, N lists of names, from {name: cells of 0 and 1}.
-    Raises InputError."""
-    rows = [[] for _ in next(iter(columns.values()))]
-    for name, cells in columns.items():
-        marks = [MARKS.get(cell.lower()) for cell in cells]
-        if None in marks:
-            raise InputError(f"{path}: column {name} holds '{cells[marks.index(None)]}'; give 0 "
-                             "or 1")
-        if not any(marks):
-            print(f"note: {path}: no image is {name}")
-        for row in np.flatnonzero(marks):
-            rows[row].append(name)
-    return rows
 
 def as_labels(rows):
     """(class names, labels) of N lists of names: int (N,) where each has one, else 0/1 N x K.
     Names that are numbers are sorted as such."""
-    names = {name for row in rows for name in row}
+    names = set().union(*rows)
     names = sorted(names, key=int if all(map(str.isdigit, names)) else str)
     index = {name: c for c, name in enumerate(names)}
     found = [[index[name] for name in row] for row in rows]
@@ -1603,57 +1494,57 @@ def as_labels(rows):
 
 def read_table(path, root, split_seed, columns=None, group=None):
     """A table of labels, a line per image: a column of file names of images below `root` (see
-    Finder) and one of labels (cell_labels), or a column of 0 and 1 per label (marked_labels).
+    Finder) and one of labels (cell_labels), or a column of 0 and 1 per label.
 
-    columns: the names of these columns where find_columns cannot tell. A column whose
-    cells are train, val and test (or the like: FOLDERS) says the parts; else draw_parts does, and
-    images of one cell of the column `group` (a patient) stay in one part. Raises InputError.
+    columns: the names of these columns where find_columns cannot tell. A column whose cells are
+    train, val and test (or the like: FOLDERS) says the parts; else draw_parts does, and images of
+    one cell of the column `group` (a patient) stay in one part.
     """
     table = read_columns(path)
     finder = Finder(root)
     image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
     for name in (image, chosen[0]):
         if "" in table[name]:
-            raise InputError(f"{path}: {table[name].count('')} cells of column {name} are empty; "
-                             "fill them in, or remove the lines")
+            raise InputError(f"{path}: column {name} has empty cells; fill them in, or remove the "
+                             "lines")
     if len(chosen) == 1:
         said = cell_labels(table[chosen[0]])
     else:
-        said = marked_labels(path, {name: table[name] for name in chosen})
+        marks = [[cell.lower() in YES for cell in table[name]] for name in chosen]
+        said = [list(compress(chosen, line)) for line in zip(*marks)]
     names, labels = as_labels(said)
-    paths = [finder.find(name) or f"{root}/{name}" for name in table[image]]
-    first = {}
-    for i, name in enumerate(paths):
-        if said[first.setdefault(name, i)] != said[i]:
-            raise InputError(f"{path}: {name} stands in two lines of different labels; keep one, "
-                             "or give all labels of an image in one cell, with | between")
-    if len(first) < len(paths):
-        print(f"warning: {path} lists {len(paths) - len(first):,} images more than once")
-    classes = labels if labels.ndim == 1 else rarest_labels(labels)
-    order = classes.tolist()
-    rows = sorted(first.values(), key=lambda i: (order[i], paths[i]))  # as folders would be read
-    paths = np.array(paths, dtype=object)[rows]
+    files = [finder.find(name) or f"{root}/{name}" for name in table[image]]
+    files = np.array(files, dtype=object)
+    _, first, line = np.unique(files, return_index=True, return_inverse=True)
+    odd = np.argwhere(labels != labels[first[line]])
+    if len(odd):
+        raise InputError(f"{path}: {files[odd[0, 0]]} stands in two lines of different labels; "
+                         "keep one, or give all labels of an image in one cell, with | between")
+    if len(first) < len(line):
+        print(f"warning: {path} lists images more than once; each is taken once")
+    classes = labels
+    if labels.ndim == 2:  # of each image the label that the fewest have
+        classes = np.where(labels, labels.sum(0), len(labels) + 1).argmin(1)
+    rows = first[np.argsort(classes[first], kind="stable")]  # in the order of folders
     if split:
+        how = f"parts by {split}"
         parts = np.array([FOLDERS[table[split][i].lower()] for i in rows], dtype=object)
     else:  # an image without a group is one of its own
+        how = DRAWN.format(split_seed)
         units = [group and table[group][i] or table[image][i] for i in rows]
         parts = draw_parts(classes[rows], units, split_seed)
     if "test" not in parts:
         parts[parts == "val"] = "test"
-    how = f"parts by {split}" + f", not by {group}" * bool(group)
-    how = how if split else DRAWN.format(split_seed)
-    print(f"{path}: {len(paths):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
-    files = {part: (paths[parts == part], labels[rows][parts == part]) for part in PARTS}
-    return as_arrays(files, names)
-
-def rarest_labels(labels):
-    """Of each image the label that the fewest images have, int (N,). labels: 0/1 N x K."""
-    counts = labels.sum(0, dtype=np.int64)
-    return np.where(labels > 0, counts, len(labels) + 1).argmin(1)
+    print(f"{path}: {len(rows):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
+    found = {}
+    for part in PARTS:
+        some = rows[parts == part]
+        found[part] = files[some], labels[some]
+    return as_arrays(found, names)
 
 def read_list(path):
     """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
-    iNaturalist's json. Raises InputError."""
+    iNaturalist's json."""
     with reading(path, "give the folder of the published lists as --lists"):
         if path.suffix == ".json":
             content = json.loads(path.read_text())
@@ -1664,7 +1555,7 @@ def read_list(path):
         labels = []
         for line in path.read_text(encoding="utf-8-sig").splitlines():
             line = line.strip()
-            name = re.sub(r"(\s+-?\d+)+$", "", line)  # a path may hold blanks
+            name = re.sub(r"(\s+\d+)+$", "", line)  # a path may hold blanks
             if name:
                 paths.append(name)
                 labels.append([int(n) for n in line[len(name):].split()])
@@ -1672,28 +1563,23 @@ def read_list(path):
 
 def find_list(lists, choices, published):
     """(file, its paths, its classes): the first of the files `choices` that is in the folder
-    `lists`. Warns when it has not as many images as published. Raises InputError."""
+    `lists`. Warns when it has not as many images as published."""
     there = [lists / name for name in choices if (lists / name).is_file()]
     if not there:
         raise InputError(f"--lists {lists}: needs {' or '.join(choices)}; put the published list "
                          "there")
     paths, classes = read_list(there[0])
-    repeated = len(paths) - len(set(paths))
-    if len(paths) != published or repeated:
-        print(f"warning: {there[0]} lists {len(paths):,} images, {repeated:,} of them more than "
-              f"once; the published one has {published:,}")
+    images = len(set(paths))
+    if images != published:
+        print(f"warning: {there[0]} lists {images:,} images; the published one has {published:,}")
     return there[0], paths, classes
 
 def multi_hot(rows, num_classes, source):
-    """uint8 0/1 N x K from a list of N lists of class indices. Raises InputError, naming
-    `source`, when one is not in 0..K-1."""
-    found = {c for row in rows for c in row}
-    if not found <= set(range(num_classes)):
-        raise InputError(f"{source}: classes {min(found)} to {max(found)}; they must lie in "
-                         f"0..{num_classes - 1}")
+    """uint8 0/1 N x K from a list of N lists of class indices, which `source` holds."""
     labels = np.zeros((len(rows), num_classes), np.uint8)
-    for row, classes in zip(labels, rows):
-        row[list(classes)] = 1
+    with reading(source, f"its classes must lie in 0..{num_classes - 1}"):
+        for row, classes in zip(labels, rows):
+            row[list(classes)] = 1
     return labels
 
 # (classes, most and fewest images of one), then the lists and their lengths, as published: Liu et
@@ -1720,11 +1606,8 @@ PUBLISHED = {
 }
 
 def read_published(name, root, lists, split_seed):
-    """imagenet_lt, places_lt or inat18 from its list files.
-
-    Warns when a list has not the published number of images or classes. Raises InputError for an
-    absent list and, before anything is trained, for images that are not on disk.
-    """
+    """imagenet_lt, places_lt or inat18 from its list files. Warns when a list has not the published
+    number of images or classes."""
     base = root / name if (root / name).is_dir() else root
     lists = lists / name if (lists / name).is_dir() else lists
     published = PUBLISHED[name].copy()
@@ -1734,10 +1617,8 @@ def read_published(name, root, lists, split_seed):
         found, paths, known = find_list(lists, choices, length)
         with reading(found, "its lines are `path class`: copy or download the list again"):
             labels = np.array(known, np.int64)[:, 0]
-        if labels.min() < 0:
-            raise InputError(f"{found}: holds label {labels.min()}; copy or download it again")
-        if part == "train":
-            names = published_names(found, paths, labels, classes)
+            if part == "train":
+                names = published_names(found, paths, labels, classes)
         parts[part] = [f"{base}/{path}" for path in paths], labels
     return as_arrays(parts, names) | {"base": base}
 
@@ -1756,7 +1637,7 @@ def published_names(found, paths, labels, published):
     with reading(found.parent, "remove categories.json and classnames.txt there"):
         for file in found.parent.glob("classnames.txt"):
             known = dict(line.split(None, 1) for line in file.read_text().splitlines())
-        for file in (found.parent / "categories.json", found):
+        for file in (found.with_name("categories.json"), found):
             if file.suffix == ".json" and file.is_file():
                 listed = json.loads(file.read_text())
                 listed = listed if isinstance(listed, list) else listed.get("categories", [])
@@ -1777,7 +1658,7 @@ def read_voc_mlt(root, lists, split_seed):
     """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, tested on VOC 2007 test.
 
     By voc_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and VOC's annotations.
-    Images in torchvision's layout, ROOT/VOCdevkit/VOC2012. Raises InputError.
+    Images in torchvision's layout, ROOT/VOCdevkit/VOC2012.
     """
     tests = root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt"
     with reading(tests, "unpack VOC 2012 trainval and VOC 2007 test below the data root"):
@@ -1806,7 +1687,7 @@ def read_coco_mlt(root, lists, split_seed):
 
     By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.pkl, which is a text, and
     COCO's annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images
-    without an object are negatives of all classes. Raises InputError.
+    without an object are negatives of all classes.
     """
     choices = ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.pkl", "img_id.txt")
     source, train_ids, train_classes = find_list(lists, choices, 1909)
@@ -1844,26 +1725,27 @@ def read_miml(root, lists, split_seed):
 
     In ROOT/miml or ROOT: images/1.jpg .. and labels.csv, or the published `miml data.mat`
     (targets 5 x 2000). There is no official split: 40 % are test and 10 % validation images,
-    drawn by split_seed. Raises InputError.
+    drawn by split_seed.
     """
     base = root / "miml" if (root / "miml").is_dir() else root
-    with reading(base, f"put labels.csv or `miml data.mat` into {base}, the photographs into "
-                       f"{base}/images"):
+    with reading(base, "put labels.csv or `miml data.mat` there, the photographs into images/"):
         if (base / "labels.csv").is_file():
             table = read_columns(base / "labels.csv")
             files, *marks = table.values()
             names = list(table)[1:]
             labels = np.array(marks).T.astype(np.int64)
         else:
-            with open(base / "miml data.mat", "rb") as file:
-                labels = (scipy.io.loadmat(file)["targets"].T > 0).astype(np.int64)
+            targets = scipy.io.loadmat(str(base / "miml data.mat"))["targets"]  # 5 x N
+            labels = (targets.T > 0).astype(np.int64)
             names = "desert mountains sea sunset trees".split()
             files = [f"{i + 1}.jpg" for i in range(len(labels))]
     n = len(labels)
     paths = np.array([f"{base}/images/{file}" for file in files], dtype=object)
     order = np.random.RandomState(split_seed).permutation(n)
-    pieces = map(np.sort, np.split(order, [n * 2 // 5, n // 2]))
-    parts = {part: (paths[rows], labels[rows]) for part, rows in zip(("test", "val", "train"), pieces)}
+    parts = {}
+    for part, rows in zip(("test", "val", "train"), np.split(order, [n * 2 // 5, n // 2])):
+        rows.sort()
+        parts[part] = paths[rows], labels[rows]
     return as_arrays(parts, names)
 
 SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden glacier grass "
@@ -1873,10 +1755,7 @@ SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden g
 def read_nuswide_scene(root, lists, split_seed):
     """NUS-WIDE-SCENE (Chua et al., CIVR 2009), 33 labels, from its published files in `lists`:
     SCENE/imagelist/Train_imageOutPutFileList.txt, SCENE/groundtruth/Train_Labels_airport.txt ..,
-    and the same of Test.
-
-    Photographs in ROOT/Flickr; those without a scene are left out. Raises InputError.
-    """
+    and the same of Test. Photographs in ROOT/Flickr; those without a scene are left out."""
     parts = {}
     for part in ("Train", "Test"):
         with reading(lists, "give the folder with NUS-WIDE's SCENE as --lists"):
@@ -1895,12 +1774,9 @@ PLACES = np.array([0, 2, 4, 6, 8, 9, 7, 5, 3, 1])
 WAVELENGTHS = 12.5 / 1.13 ** np.arange(10)  # pixels
 
 def draw_ripples(labels, rng):
-    """uint8 n x 24 x 24 x 3: concentric waves, whose length is their class, in noise.
-
-    Centre, phase and colours are random, and so is the wavelength by about a third of the step
-    from one class to the next: neighbours are confused, and a network settles the doubt in favour
-    of the class that it saw more often.
-    """
+    """uint8 n x 24 x 24 x 3: concentric waves, whose length is their class, in noise. The length
+    varies by about a third of the step from class to class: neighbours are confused, and a network
+    settles the doubt in favour of the class that it saw more often."""
     n = len(labels)
     step = PLACES[labels] + rng.normal(0, 0.35, n)
     length = (WAVELENGTHS[0] / 1.13**step)[:, None, None]
@@ -2015,18 +1891,8 @@ def load_from_flags(args):
     group."""
     if args.imb is None:
         args.imb = DEFAULT_IMB.get(args.dataset)
-    data = load_dataset(
-        args.dataset,
-        args.data_root,
-        args.imb,
-        args.split_seed,
-        args.imb_type,
-        args.size,
-        args.lists,
-        args.columns,
-        args.group,
-        args.skip_missing,
-    )
+    data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
+                        args.size, args.lists, args.columns, args.group, args.skip_missing)
     print(f"{data.name} from {data.source}, split seed {args.split_seed}: {data.num_classes} "
           f"classes of {data.counts.max():,} to {data.counts.min():,} training images")
     rows = {}
@@ -2055,7 +1921,7 @@ def add_system_arguments(parser):
 
 def start(args):
     """Set this process up, and join torchrun's others through NCCL (CUDA) or gloo (CPU); only
-    process 0 prints. Returns the torch.device. Raises InputError for an unavailable device."""
+    process 0 prints. Returns the torch.device."""
     device = find_device(args.device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.set_flush_denormal(True)
@@ -2154,12 +2020,12 @@ MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root"
                         "weights", "views", "workers", "compile"}
 
 def find_checkpoint(args, data):
-    """The checkpoint in --out of the run to resume, else {}. Raises InputError, also for one of a
-    run on other data or with other flags."""
+    """The checkpoint in --out of the run to resume, else {}; an InputError for one of a run on
+    other data or with other flags."""
     inside = Path(args.out).resolve().is_relative_to(Path(args.dataset).resolve())
     if inside and on_disk(data.train.images):
-        raise InputError(f"--out {args.out}: lies among the photographs of --dataset "
-                         f"{args.dataset}, where it would become a class; give another")
+        raise InputError(f"--out {args.out}: lies among the photographs of --dataset, "
+                         "where it would become a class; give another")
     last = Path(args.out) / "last.pt"
     if not args.resume:
         if list(last.parent.glob("last.pt*")):
@@ -2222,7 +2088,7 @@ def run_script(main):
                     "--out) or, where the training has ended, --resume --device cpu")
         elif isinstance(error, RuntimeError):
             raise
-        print(f"error{f' in process {RANK}' * (RANK > 0)}: {said}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(code)
     finally:
         if dist.is_initialized():

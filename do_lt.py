@@ -18,6 +18,7 @@ they train on in every stage, and each stage keeps a copy for its sub-model.
     python do_lt.py --dataset PHOTOS                                 fine-tune on PHOTOS/train/CLASS
     python models.py runs/NAME/model.pt PHOTOS                       label new photographs
 """
+import copy
 import math
 from itertools import product
 from pathlib import Path
@@ -31,12 +32,11 @@ from filelock import FileLock, Timeout
 from scipy.optimize import minimize
 from torch.optim.swa_utils import update_bn
 
-from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
-                     add_system_arguments, all_sum, answers, argument_parser, class_groups, either,
-                     find_checkpoint, fingerprint, finish, group_means, learning_rates, likeliest,
-                     load_from_flags, note_part, number, reading, run_name, run_script, seed_from,
-                     several, show_progress, start, stop_unless_finite, table, top_1, write_csv,
-                     write_file)
+from data_lt import (RANK, WORLD, InputError, Loader, add_data_arguments, add_system_arguments,
+                     all_sum, answers, argument_parser, class_groups, either, find_checkpoint,
+                     fingerprint, finish, group_accuracy, group_means, learning_rates, likeliest,
+                     load_from_flags, note_part, number, run_name, run_script, seed_from, several,
+                     show_progress, start, stop_unless_finite, table, top_1, write_csv, write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, choose_precision,
                     classifier_content, clock, keep_stage_rest, memory_format, network_stats,
                     owned_layers, plain_state, say_share, submodel_state, synchronized)
@@ -47,7 +47,8 @@ from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, c
 PHOTOGRAPHS = dict(arch="resnet50", batch_size=256, rho=0.8)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
-    "cifar100": dict(order="many,few", epochs=[150, 50], mixup=0.4),  # chosen on validation images
+    # chosen on validation images
+    "cifar100": dict(order=["many", "few"], epochs=[150, 50], mixup=0.4),
     "synth": dict(arch="resnet20", epochs=[12, 5, 5], lr=[0.05, 0.05, 0.05], batch_size=32,
                   aug="basic", tpd_iters=3, warmup=1),
     "imagenet_lt": PHOTOGRAPHS,
@@ -57,7 +58,7 @@ RECIPES = {
     # keep what they know. Chosen on Caltech-101's validation images, where fresh weights tie.
     "folder": PHOTOGRAPHS | dict(
         pretrained=1,
-        order="many,few",
+        order=["many", "few"],
         epochs=[10, 4, 4, 4],
         lr=[0.02, 0.01, 0.01, 0.01],
         warmup=1,
@@ -70,7 +71,7 @@ RECIPES = {
     "default": dict(
         arch="resnet32",
         pretrained=0,
-        order="many,medium,few",
+        order=["many", "medium", "few"],
         epochs=[100, 50, 50],
         lr=[0.1, 0.05, 0.05],   # peak rate of each stage
         schedule="cosine",      # of the rate after stage 1
@@ -90,7 +91,7 @@ RECIPES = {
     ),
     # The published values ("Implementation Details"), on top of the dataset's.
     "paper": dict(
-        order="many,medium,few",
+        order=["many", "medium", "few"],
         lr=[0.05, 0.005, 0.005],
         schedule="constant",
         warmup=0,
@@ -136,7 +137,8 @@ def parse_args(argv=None):
         help="random views of each test image beside the clean one")
 
     add = parser.add_argument_group("method").add_argument
-    add("--order", help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
+    add("--order", type=several(str),
+        help="stages: many,few or many,medium,few or many,medium-top,medium-low,few")
     add("--rho", type=share, help="draws and margin of medium classes in their stage")
     add("--gamma", type=several(either("auto", share)),
         help="share pruned after each stage but the last, as 0.5,0.8; auto: measured")
@@ -168,91 +170,79 @@ def recipe(args, name):
     stage come from "default".
     """
     default = RECIPES["default"]
-    chosen = default | RECIPES.get(name, {})
+    chosen = default | RECIPES[name]
     published = {}
     if args.recipe == "paper":
-        published = RECIPES["paper"]
+        published = dict(RECIPES["paper"])
         if chosen["arch"] in ("resnet50", "resnet152"):
-            published = published | RECIPES["paper, photographs"]
+            published |= RECIPES["paper, photographs"]
         if name == "cifar100" and args.imb == 50:
-            published = published | RECIPES["paper, cifar100 at ratio 50"]
-    order = args.order or published.get("order") or chosen["order"]
-    if order.count(",") >= len(chosen["epochs"]):
+            published |= RECIPES["paper, cifar100 at ratio 50"]
+    order = args.order or (chosen | published)["order"]
+    if len(order) > len(chosen["epochs"]):
         chosen |= {key: default[key] for key in ("epochs", "lr", "gamma")}
-    return chosen | published | {"order": order}
+    return chosen | published
 
 def settle(args, data):
     """Fill in what was not given from the recipe, and fit the flags to the data; after this
     nothing changes them.
 
-    A stage without classes is left out, with its epochs, rate and gamma, except a first "many",
-    which then serves all classes. Raises InputError for values out of range.
+    A stage without classes is left out, with its epochs, rate and gamma. Raises InputError for
+    values out of range.
     """
     if data.multi_label:
         raise InputError(f"--dataset {args.dataset} has several labels per image, which DO is not "
                          "for; take more_lt.py")
-    given = {key for key, value in vars(args).items() if value is not None}
-    vars(args).update({k: v for k, v in recipe(args, data.recipe).items() if k not in given})
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(recipe(args, data.recipe) | given)
     check_stages(args, given)
+    if "warmup" not in given:
+        args.warmup = min(args.warmup, sum(args.epochs) / 10)
     args.out = args.out or run_name("do", args)
     kept = []
     for name, *values in zip(args.order, args.epochs, args.lr, [*args.gamma, None]):
-        if len(stage_classes(data.counts, name)) or (name == "many" and not kept):
+        if len(stage_classes(data.counts, name)):
             kept.append((name, *values))
         else:
             print(f"warning: no class is {name}; its stage is left out")
     if not kept:
-        raise InputError(
-            f"--order {','.join(args.order)}: none of its stages has a class in this "
-            "dataset; begin with many"
-        )
+        raise InputError("--order: none of its stages has a class in this dataset; begin with many")
     args.order, args.epochs, args.lr, gammas = map(list, zip(*kept))
     args.gamma = gammas[:-1]
-    check_gamma(args, data)
+    for name, gamma in zip(args.order, args.gamma):
+        known = np.isin(data.val.labels, stage_classes(data.counts, name))
+        if gamma == "auto" and not known.any():
+            raise InputError("--gamma auto measures on validation images of each stage's classes; "
+                             f"{name} has none; give a share")
 
 def check_stages(args, given):
-    """Bring --order and the lists of values per stage into shape. given: the flags that the user
-    gave. Raises InputError."""
-    args.order = args.order.split(",") if isinstance(args.order, str) else args.order
-    both = "medium" in args.order and {"medium-top", "medium-low"} & set(args.order)
-    if set(args.order) - set(STAGES) or len(set(args.order)) != len(args.order) or both:
-        raise InputError(f"--order {','.join(args.order)}: name each stage once, of "
-                         f"{', '.join(STAGES)}")
+    """Raise InputError for an --order that is none, and bring the lists of values per stage to its
+    length. given: the flags that the user gave."""
     T = len(args.order)
+    order = ",".join(args.order)
+    if len(set(args.order) & set(STAGES)) < T:
+        raise InputError(f"--order {order}: name each stage once, of {', '.join(STAGES)}")
     for key, n in (("epochs", T), ("lr", T), ("gamma", T - 1)):
         values = getattr(args, key)
         if key in given and len(values) not in (1, n):
-            raise InputError(f"--{key}: {len(values)} values for --order {','.join(args.order)}; "
+            raise InputError(f"--{key}: {len(values)} values for --order {order}; "
                              f"give {max(n, 1)}, or one for all")
         setattr(args, key, (values + values[-1:] * n)[:n])
-    if "warmup" not in given:
-        args.warmup = min(args.warmup, sum(args.epochs) / 10)
-    if args.epochs[0] == 0 and not args.weights:
-        raise InputError("--epochs 0: stage 1 was trained elsewhere; give that run's stage1.pt as "
-                         "--weights")
-
-def check_gamma(args, data):
-    """Raise InputError when --gamma auto has no validation images to measure on."""
-    for name, gamma in zip(args.order, args.gamma):
-        classes = stage_classes(data.counts, name)
-        if not len(classes):  # a first "many" for all classes
-            classes = np.arange(data.num_classes)
-        if gamma == "auto" and not np.isin(data.val.labels, classes).any():
-            raise InputError(
-                "--gamma auto measures on validation images of each stage's classes; "
-                f"{name} has none"
-            )
 
 # -------------------------------------------- Collaborative Parameter Optimisation (CPO), Eq. 1-3
 
 def stage_classes(counts, stage):
     """Class indices of a stage's group, as data_lt.class_groups has them; medium-top and
-    medium-low split medium at 50 images (Table 6). counts: (K,)."""
-    name, _, half = stage.partition("-")
-    classes = class_groups(counts)[name]
-    if half:
-        top = np.asarray(counts)[classes] >= 50
-        classes = classes[top if half == "top" else ~top]
+    medium-low split medium at 50 images (Table 6). Where no class is many, the stage of that name
+    serves all classes. counts: (K,)."""
+    counts = np.asarray(counts)
+    classes = class_groups(counts)[stage.split("-")[0]]
+    if stage == "medium-top":
+        return classes[counts[classes] >= 50]
+    if stage == "medium-low":
+        return classes[counts[classes] < 50]
+    if stage == "many" and not len(classes):
+        return np.arange(len(counts))
     return classes
 
 def stage_class_probs(counts, stage, rho, few="balanced"):
@@ -310,12 +300,9 @@ def make_stages(args, data, device):
     stages = []
     for name, epochs, lr in zip(args.order, args.epochs, args.lr):
         classes = stage_classes(data.counts, name)
-        if not len(classes):
-            classes = np.arange(data.num_classes)  # no class has over 100 images: "many" serves all
         probs = stage_class_probs(data.counts, name, args.rho, args.few_sampling)
-        alpha = np.ones(data.num_classes)
-        if args.loss != "ce":
-            alpha = compensation_alpha(data.counts, name, args.rho)
+        margin = "many" if args.loss == "ce" else name  # stage many has none
+        alpha = compensation_alpha(data.counts, margin, args.rho)
         if args.loss == "balanced" and name == "many":
             alpha = data.counts.sum() / data.counts  # balanced softmax: CE(f + log N_c, y)
         log_alpha = torch.tensor(np.log(alpha), dtype=torch.float32, device=device)
@@ -342,13 +329,13 @@ def train(network, optimizer, batches, rates, log_alpha, weight_decay):
     """
     network.train()
     masks = trainable_masks(network)
-    weights = optimizer.param_groups[0]["params"]
+    [group] = optimizer.param_groups
+    weights = group["params"]
     drawn = torch.zeros_like(log_alpha)
     correct = torch.zeros_like(log_alpha)
     loss_sum = torch.zeros_like(log_alpha[0])
     for (x, targets), rate in zip(batches, rates):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        group["lr"] = rate
         logits = network(x)
         loss = sum(share * compensation_loss(logits, y, log_alpha) for share, y in targets)
         optimizer.zero_grad()
@@ -361,24 +348,20 @@ def train(network, optimizer, batches, rates, log_alpha, weight_decay):
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device
             y = targets[0][1]
-            truth = F.one_hot(y, len(drawn)).float()
             right = (logits.argmax(1) == y).float()
-            drawn += truth.sum(0)
-            correct += (truth * right[:, None]).sum(0)
+            drawn.index_add_(0, y, torch.ones_like(right))
+            correct.index_add_(0, y, right)
             loss_sum += loss * len(x)
     return all_sum(drawn), all_sum(correct), all_sum(loss_sum)
 
 def cpo(network, t, stage, loader, run):
     """Train stage t: its draws and margin. The weights of earlier stages are active and frozen.
-    Goes on from the checkpoint if that is of this stage."""
+    Goes on from the checkpoint of a resumed run."""
     args = run.args
     model = network.model
-    data = loader.data
-    resumed = run.resumed if run.resumed.get("stage") == t else {}
     optimizer = make_optimizer(model, stage.lr, args)
-    if resumed.get("optimizer"):
-        with reading(run.folder / "last.pt", "delete it and start again"):
-            optimizer.load_state_dict(resumed["optimizer"])
+    if run.resumed.get("optimizer"):  # at the start of a stage there is none
+        optimizer.load_state_dict(run.resumed["optimizer"])
     trained = distribute(network)
     schedule = "cosine" if t == 1 else args.schedule
     warmup = args.warmup if t == 1 else 0
@@ -386,7 +369,7 @@ def cpo(network, t, stage, loader, run):
         f"\nstage {t}, {stage.name}: {stage.epochs} epochs, rate {stage.lr:g} {schedule}; "
         "accuracy on the images as drawn, and on validation images"
     )
-    for epoch in range(resumed.get("epoch", 0), stage.epochs):
+    for epoch in range(run.resumed.get("epoch", 0), stage.epochs):
         began = clock(loader.device)
         key = [args.seed, t, 1, epoch]
         torch.manual_seed(seed_from(*key) + RANK)  # of dropout
@@ -400,14 +383,15 @@ def cpo(network, t, stage, loader, run):
         seconds = clock(loader.device) - began
         images = loader.steps * loader.batch_size
         row = {"stage": t, "epoch": epoch + 1, "loss": loss.item() / images, "rate": rates[0]}
-        row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
+        row |= group_means((100 * correct / drawn).cpu(), loader.data.groups)  # NaN: nothing drawn
         row["val"] = None
         if epoch % 10 == 9 or epoch + 1 == stage.epochs:
-            row["val"] = top_1(loader.answers(network, "val"), data.val, data)["all"]
-        run.log(row, images, seconds, images * sum(args.epochs))
+            row["val"] = tested(network, "val", loader)["all"]
+        run.log(row, images, seconds)
         run.save(model, optimizer, stage=t, epoch=epoch + 1, rest=model.stage_rest)
     if t == 1:
-        write_file(run.folder / "stage1.pt", lambda tmp: torch.save(plain_state(model), tmp))
+        model.stage_rest[0] = plain_state(model)  # sub-model 0: stage 1 before TPD
+        write_file(run.folder / "stage1.pt", lambda tmp: torch.save(model.stage_rest[0], tmp))
     record(network, f"stage {t} ({stage.name}) after CPO", loader, run)
 
 # ------------------------------------------------ Taylor-guided Parameter Decoupling (TPD), Eq. 4
@@ -445,46 +429,44 @@ def last_ratio_before_largest_drop(ratios, accuracies):
     changes = np.diff(accuracies[1:])
     return ratios[1 + int(changes.argmin())]
 
-def importance(network, layers, classes, log_alpha, loader, images, kind="taylor", generator=None):
-    """taylor_importance of the weights of `layers` to `classes`, by at most `images` training
-    images of each, not augmented. Processes share the classes and all get the same scores."""
+def importance(network, stage, loader, args, generator=None):
+    """taylor_importance of the weights with owners to a stage's classes, by at most
+    --importance-images training images of each, not augmented. Processes share the classes and all
+    get the same scores."""
     network.eval()
     labels = loader.data.train.labels
-    order = np.argsort(labels, kind="stable")
-    edges = np.cumsum(np.bincount(labels))[:-1]
-    by_class = np.split(order, edges)
-    mine = classes[RANK::WORLD]
+    mine = stage.classes[RANK::WORLD]
+    picks = [np.flatnonzero(labels == c)[: args.importance_images] for c in mine]
 
     def losses():
         """The losses of this process's classes, one graph at a time."""
-        batches = loader.clean_batches([by_class[c][:images] for c in mine])
-        for c, x in zip(mine, batches):
+        for c, x in zip(mine, loader.clean_batches(picks)):
             target = torch.full((len(x),), int(c), device=loader.device)
-            yield compensation_loss(network(x), target, log_alpha)
+            yield compensation_loss(network(x), target, stage.log_alpha)
 
-    weights = [layer.weight for layer in layers.values()]
-    scores = taylor_importance(weights, losses(), kind, generator)
-    if WORLD > 1 and kind in ("taylor", "fisher"):
-        scores = [all_sum(score * len(mine)) / len(classes) for score in scores]
+    weights = [layer.weight for layer in owned_layers(network.model).values()]
+    scores = taylor_importance(weights, losses(), args.importance, generator)
+    if WORLD > 1:
+        scores = [all_sum(score * len(mine)) / len(stage.classes) for score in scores]
     return scores
 
+@torch.no_grad()
 def prune_to(model, ratio, scores):
     """Zero the lowest-scored weights until `ratio` of those that no stage owns is pruned. All
     layers are ranked together; what is pruned stays so. scores: one tensor per owned layer."""
     layers = owned_layers(model).values()
-    free = [(m.weight_owner == 0) | (m.weight_owner == PRUNED) for m in layers]
-    ranked = [
-        score.masked_fill(m.weight_owner == PRUNED, -1.0)[f]
-        for m, score, f in zip(layers, scores, free)
-    ]
-    ranked = torch.cat(ranked)
-    kept = torch.ones_like(ranked, dtype=torch.bool)
-    kept[ranked.argsort(stable=True)[: round(ratio * len(ranked))]] = False
-    sizes = [int(f.sum()) for f in free]
-    with torch.no_grad():
-        for layer, f, part in zip(layers, free, kept.split(sizes)):
-            layer.weight_owner[f] = torch.where(part, 0, PRUNED).to(torch.uint8)
-            layer.weight.mul_(layer.weight_owner != PRUNED)
+    owner = torch.cat([layer.weight_owner.flatten() for layer in layers])
+    score = torch.cat([score.flatten() for score in scores])
+    pruned = owner == PRUNED
+    owned = (owner > 0) & ~pruned
+    score[pruned] = -1  # first
+    score[owned] = math.inf  # last
+    count = round(ratio * int((~owned).sum()))
+    owner[score.argsort(stable=True)[:count]] = PRUNED
+    sizes = [layer.weight.numel() for layer in layers]
+    for layer, part in zip(layers, owner.split(sizes)):
+        layer.weight_owner.copy_(part.view(layer.weight.shape))
+        layer.weight.mul_(layer.weight_owner != PRUNED)
 
 def prune(network, before, ratio, t, stage, picks, loader, args):
     """From ratio `before` to `ratio` in --tpd-steps steps (Eq. 4), with --tpd-iters retraining
@@ -497,26 +479,15 @@ def prune(network, before, ratio, t, stage, picks, loader, args):
     torch.manual_seed(seed_from(*key) + RANK)  # of dropout: a resumed run comes with other draws
     rates = learning_rates(args.tpd_lr, 0, 1, dt * iters)
     optimizer = make_optimizer(model, args.tpd_lr, args)
-    layers = owned_layers(model)
     trained = distribute(network)
     for step in range(1, dt + 1):
-        random = torch.Generator()
-        random.manual_seed(args.seed * 10**6 + t * 10**4 + round(1000 * ratio) + step)
-        scores = importance(
-            network,
-            layers,
-            stage.classes,
-            stage.log_alpha,
-            loader,
-            args.importance_images,
-            args.importance,
-            random,
-        )
+        seed = args.seed * 10**6 + t * 10**4 + round(1000 * ratio) + step
+        random = torch.Generator().manual_seed(seed)
+        scores = importance(network, stage, loader, args, random)
         prune_to(model, gradual_ratio(step, dt, before, ratio), scores)
         for weight, mask in trainable_masks(model).items():
-            # a weight just pruned must not drift on from zero
-            if "momentum_buffer" in optimizer.state[weight]:
-                optimizer.state[weight]["momentum_buffer"].mul_(mask)
+            for momentum in optimizer.state[weight].values():
+                momentum.mul_(mask)  # a weight just pruned must not drift on from zero
         some = slice((step - 1) * iters, step * iters)
         batches = loader.batches(picks[some], [*key, step], args.mixup)
         _, _, loss = train(
@@ -532,44 +503,34 @@ def sweep_gamma(network, t, stage, loader, run):
     in validation accuracy of the stage's classes; returns it."""
     args = run.args
     model = network.model
-    data = loader.data
     ratios = [g / 10 for g in range(10)]
     n = args.tpd_steps * args.tpd_iters
     draws = loader.draw(stage.probs, args.seed * 1000 + t, 10**6, n * len(ratios))
+    picks = np.split(draws, len(ratios))
     curve = []
-    states = []
+    states = {}
     for i, ratio in enumerate(ratios):
         if i > 0:
-            prune(network, ratios[i - 1], ratio, t, stage, draws[i * n : (i + 1) * n], loader, args)
-        per_class = top_1(loader.answers(network, "val"), data.val, data)["per_class"]
-        known = [per_class[c] for c in stage.classes if per_class[c] is not None]
-        curve.append((ratio, float(np.mean(known))))
-        states.append({k: v.clone() for k, v in model.state_dict().items()})
+            prune(network, ratios[i - 1], ratio, t, stage, picks[i], loader, args)
+        per_class = tested(network, "val", loader)["per_class"]
+        accuracy = group_means(per_class, {"stage": stage.classes})["stage"]
+        curve.append((ratio, accuracy))
+        states[ratio] = copy.deepcopy(model.state_dict())
     gamma = last_ratio_before_largest_drop(*zip(*curve))
-    model.load_state_dict(states[ratios.index(gamma)])
+    model.load_state_dict(states[gamma])
     run.report.setdefault("pruning_curve", {})[stage.name] = curve
     return gamma
 
-def claim(model, t):
-    """The free weights belong to stage t from now on."""
-    for layer in owned_layers(model).values():
-        layer.weight_owner[layer.weight_owner == 0] = t
-
-def fresh_values(model, scale, generator):
-    """New values of the weights with owners, one tensor per layer: Kaiming normal times `scale`."""
-    values = []
-    for layer in owned_layers(model).values():
-        normal = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
-        values.append(normal * (scale * math.sqrt(2 / layer.weight[0].numel())))
-    return values
-
-def restart_free(model, values):
-    """Pruned weights become free and start from `values`, one tensor per owned layer."""
-    with torch.no_grad():
-        for layer, fresh in zip(owned_layers(model).values(), values):
-            pruned = layer.weight_owner == PRUNED
-            layer.weight.copy_(torch.where(pruned, fresh, layer.weight))
-            layer.weight_owner[pruned] = 0
+@torch.no_grad()
+def hand_over(model, t, values):
+    """The free weights belong to stage t from now on. Pruned ones become free and start from
+    `values`, one tensor per owned layer."""
+    for layer, fresh in zip(owned_layers(model).values(), values):
+        owner = layer.weight_owner
+        pruned = owner == PRUNED
+        layer.weight.copy_(torch.where(pruned, fresh, layer.weight))
+        owner[owner == 0] = t
+        owner[pruned] = 0
 
 def tpd(network, t, stage, loader, run):
     """Prune what stage t can do without, freeze what remains as its own, and start the pruned
@@ -580,11 +541,16 @@ def tpd(network, t, stage, loader, run):
     """
     args = run.args
     model = network.model
-    if args.reinit == "keep":
-        values = [layer.weight.detach().clone() for layer in owned_layers(model).values()]
-    else:
-        generator = torch.Generator().manual_seed(args.seed * 1000 + t)
-        values = fresh_values(model, args.reinit, generator)
+    generator = torch.Generator().manual_seed(args.seed * 1000 + t)
+    values = []
+    for layer in owned_layers(model).values():
+        weight = layer.weight.detach()
+        if args.reinit == "keep":
+            values.append(weight.clone())
+        else:
+            normal = torch.randn(weight.shape, generator=generator).to(weight)
+            kaiming = math.sqrt(2 / weight[0].numel())
+            values.append(normal * (args.reinit * kaiming))
     if t < len(args.order):
         began = clock(loader.device)
         gamma = args.gamma[t - 1]
@@ -603,8 +569,7 @@ def tpd(network, t, stage, loader, run):
         )
         record(network, f"stage {t} ({stage.name}) after TPD", loader, run)
     keep_stage_rest(model, t)
-    claim(model, t)
-    restart_free(model, values)
+    hand_over(model, t, values)
     run.save(model, stage=t + 1, epoch=0, rest=model.stage_rest)
 
 # ------------------------------------------------------ test time: the sub-models are mixed, Eq. 5
@@ -613,15 +578,18 @@ def simplex_lattice(T):
     """All points of the simplex whose T coordinates are multiples of 1/50 (T > 3: 1/20), float64
     tensor G x T."""
     n = 50 if T <= 3 else 20
-    points = [p for p in product(range(n + 1), repeat=T) if sum(p) == n]
+    counted = product(range(n + 1), repeat=T)
+    points = [p for p in counted if sum(p) == n]
     return torch.tensor(points, dtype=torch.float64) / n
 
 def agreement(p1, p2, lattice):
     """Cosine similarity of each mixture's predictions for two views of each image, U x G.
 
-    p1, p2: float64, T sub-models x U images x K; lattice: G mixtures x T. It is computed from T x
+    p1, p2: T sub-models x U images x K; lattice: G mixtures x T, float64. It is computed from T x
     T inner products, so no mixture of K probabilities is formed.
     """
+    p1 = p1.double()
+    p2 = p2.double()
     pairs = (lattice[:, :, None] * lattice[:, None]).flatten(1).T  # T^2 x G
 
     def inner(a, b):
@@ -638,19 +606,18 @@ def instance_weights(p1, p2):
 
     p1, p2: predictions of T sub-models for the views, T x U x K probabilities -> lambda, U x T,
     rows summing to 1. A lattice on the simplex is searched whole, where the paper climbs a
-    softmax of T numbers: no gradient, no step size, no pass of the network.
+    softmax of T numbers: no gradient, no step size, no pass of the network. It takes the memory
+    of 5,000 float64 numbers per image: give some thousand images at a time.
     """
     lattice = simplex_lattice(len(p1)).to(p1.device)
-    parts = zip(p1.split(4096, 1), p2.split(4096, 1))
-    best = [agreement(a.double(), b.double(), lattice).argmax(1) for a, b in parts]
-    return lattice[torch.cat(best)].float()
+    return lattice[agreement(p1, p2, lattice).argmax(1)].float()
 
 def product_bias(b, d, counts):
     """b log N_c + d [c is medium], (K,). counts: (K,) tensor."""
-    medium = torch.zeros(len(counts), dtype=b.dtype, device=b.device)
-    medium[class_groups(counts)["medium"]] = 1
-    counts = torch.as_tensor(counts, dtype=b.dtype, device=b.device)
-    return b * counts.log() + d * medium
+    medium = class_groups(counts)["medium"]
+    bias = b * torch.as_tensor(counts, dtype=b.dtype, device=b.device).log()
+    bias[medium] += d
+    return bias
 
 def product_of_experts(logp, weights, counts):
     """log of prod_t p_t^a_t * N_c^b * e^(d if c is medium), not normalised: N x K.
@@ -662,26 +629,22 @@ def product_of_experts(logp, weights, counts):
     *a, b, d = weights
     return torch.tensordot(torch.stack(a), logp, 1) + product_bias(b, d, counts)
 
-def product_losses(weights, logp, labels, counts):
-    """The log loss of product_of_experts on each image, (N,)."""
-    return F.cross_entropy(product_of_experts(logp, weights, counts), labels, reduction="none")
-
-def class_shares(labels):
-    """Weights of images that make each class weigh alike and sum to 1, (N,)."""
-    share = 1 / torch.bincount(labels)[labels].float()
-    return share / share.sum()
+def class_weights(labels, num_classes):
+    """Weights of classes, (num_classes,), by which each of them counts alike among `labels`."""
+    return 1 / torch.bincount(labels, minlength=num_classes).clamp_min(1)
 
 def fit_weights(logp, labels, counts, start, pull):
     """Weights of product_of_experts, float (T + 2,), with the least log loss, each class weighing
     alike; a_t >= 0, and drawn towards `start` as if by `pull` images per class. logp: T x N x K;
     labels: int tensor (N,)."""
-    share = class_shares(labels)
+    alike = class_weights(labels, logp.shape[2])
     pull = pull * len(labels.unique()) / len(labels)
 
     def loss(values):
         """The loss and its gradient at float64 (T + 2,)."""
         weights = torch.tensor(values, dtype=torch.float32, device=logp.device, requires_grad=True)
-        fit = (share * product_losses(weights, logp, labels, counts)).sum()
+        logits = product_of_experts(logp, weights, counts)
+        fit = F.cross_entropy(logits, labels, alike)
         total = fit + pull * (weights - start).square().sum()
         total.backward()
         return total.item(), weights.grad.double().cpu().numpy()
@@ -701,24 +664,19 @@ def fit_product(logp, labels, counts, start, pulls=(0.25, 2), folds=5):
     """
     logp = logp.float()
     labels = torch.as_tensor(labels, device=logp.device)
-    share = class_shares(labels)
+    alike = class_weights(labels, logp.shape[2])
     order = labels.argsort(stable=True)
     fold = torch.empty_like(labels)
     fold[order] = torch.arange(len(labels), device=logp.device) % folds  # of each class a fifth
-    left_out = {}
-    for pull in pulls:
-        logits = torch.empty_like(logp[0])
-        for k in range(folds):
-            mine = fold == k
-            weights = fit_weights(logp[:, ~mine], labels[~mine], counts, start, pull)
-            logits[mine] = product_of_experts(logp[:, mine], weights, counts)
-        left_out[pull] = logits
-    losses = {pull: (share * F.cross_entropy(logits, labels, reduction="none")).sum().item()
-              for pull, logits in left_out.items()}
-    pull = min(losses, key=losses.get)
-    right = [(share * (logits.argmax(1) == labels)).sum()
-             for logits in (left_out[pull], product_of_experts(logp, start, counts))]
-    if right[0] <= right[1] + 1e-6:
+    left_out = {pull: torch.empty_like(logp[0]) for pull in pulls}
+    for pull, k in product(pulls, range(folds)):
+        mine = fold == k
+        weights = fit_weights(logp[:, ~mine], labels[~mine], counts, start, pull)
+        left_out[pull][mine] = product_of_experts(logp[:, mine], weights, counts)
+    pull = min(pulls, key=lambda pull: F.cross_entropy(left_out[pull], labels, alike))
+    equal = product_of_experts(logp, start, counts)
+    right = group_accuracy(left_out[pull].argmax(1), labels, counts)["all"]
+    if right <= group_accuracy(equal.argmax(1), labels, counts)["all"] + 1e-6:
         return start
     return fit_weights(logp, labels, counts, start, pull)
 
@@ -728,21 +686,19 @@ def enough_to_fit(labels, stages, num_classes):
     found = np.bincount(labels, minlength=num_classes)
     return all((found[stage.classes] >= 5).mean() >= 0.5 for stage in stages)
 
+def tested(network, part, loader):
+    """top_1 of a network on a split's clean images."""
+    data = loader.data
+    return top_1(loader.answers(network, part), getattr(data, part), data)
+
 def record(network, label, loader, run):
     """Accuracy on clean images as the stages pass, for the paper's Table 7."""
-    data = loader.data
     entry = {
-        "acc": top_1(loader.answers(network, "test"), data.test, data),
-        "val": top_1(loader.answers(network, "val"), data.val, data),
+        "acc": tested(network, "test", loader),
+        "val": tested(network, "val", loader),
     }
     run.report.setdefault("submodels", {})[label] = entry
-    known = {g: entry["acc"][g] for g in (*GROUPS, "all") if entry["acc"][g] is not None}
-    shown = [f"{g} {value:.1f}" for g, value in known.items()]
-    print(f"{label}, test: {', '.join(shown)}", flush=True)
-
-def mean_log(probs):
-    """Mean over the views of the logarithms: T x V x n x K -> T x n x K."""
-    return torch.stack([p.clamp_min(1e-12).log().mean(0) for p in probs])
+    print(table(label, {"clean test images": entry["acc"]}), flush=True)
 
 def oracle_route(stages, num_classes):
     """The sub-model of each class's group, K x T; of a class that no stage covers, all alike.
@@ -754,154 +710,137 @@ def oracle_route(stages, num_classes):
     return route
 
 def mixtures(probs, truth, route, lattice):
-    """What is kept of a batch's predictions, {name: tensor, a row per image}: the answers of the
-    mixtures but the product, of each sub-model and of the oracle, lambda, and what `group_answers`
-    chooses the one lambda of the whole test set by.
+    """What is kept of a few images, {name: tensor, a row per image}: the answers of the mixtures,
+    of each sub-model and of the oracle, lambda, and what the one lambda of all images needs.
 
     probs: T x V x n x K, view 0 clean; truth: int (n,). Probabilities are averaged over all views;
     lambda comes from the first two random views.
     """
     mean = probs.mean(1)
-    one = probs[:, 1].double()
-    other = probs[:, 2].double()
-    agree = agreement(one, other, lattice)
+    agree = agreement(probs[:, 1], probs[:, 2], lattice)
     instance = lattice[agree.argmax(1)].float()  # Eq. 5, as in instance_weights
-    kept = min(128, mean.shape[2])
-    likely = mean.amax(0).topk(kept).indices.sort(1).values
-    mixed = {
-        "instance": torch.einsum("tuk,ut->uk", mean, instance),
-        "mean": mean.mean(0),
-        "oracle": torch.einsum("tuk,ut->uk", mean, route[truth]),
-    }
-    mixed |= {f"alone {t}": p for t, p in enumerate(mean)}
-    return {name: likeliest(p) for name, p in mixed.items()} | {
-        "lambda": instance,
-        "right": (mean.argmax(2) == truth).any(0).float(),
-        "likely": likely,
-        "likely probs": torch.stack([p.gather(1, likely) for p in mean], 1),  # n x T x m
-        "agreement": agree,
-    }
-
-def group_answers(found, lattice):
-    """(the one lambda of the whole test set, (T,), with the best mean agreement; its answers), from
-    what `mixtures` kept: of each image the 128 likeliest classes, or all."""
-    best = lattice[found["agreement"].sum(0).argmax()].float()
-    mixed = torch.einsum("utm,t->um", found["likely probs"], best)
-    place, confidence = likeliest(mixed).T
-    place = place.long()[:, None]
-    predicted = found["likely"].gather(1, place)[:, 0].double()
-    return best, torch.stack([predicted, confidence], 1)
+    mixed = {f"alone {t}": p for t, p in enumerate(mean)}
+    mixed["mean"] = mean.mean(0)
+    mixed["instance"] = torch.einsum("tuk,ut->uk", mean, instance)
+    mixed["oracle"] = torch.einsum("tuk,ut->uk", mean, route[truth])
+    kept = {name: likeliest(p) for name, p in mixed.items()}
+    kept["lambda"] = instance
+    kept["agreement"] = agree
+    kept["probs"] = mean.transpose(0, 1).half()  # n x T x K; at 8,142 classes 1 GiB
+    return kept
 
 def validation_fits(networks, stages, loader, args):
-    """Weights of product_of_experts from validation images, {"product": (a_1 .. a_T, b, d), and
-    for stage 1's network before TPD (a, b, d) of what DO has to beat: cross-entropy, the same with
-    post-hoc logit adjustment (Menon et al., ICLR 2021: tau 1) and with fitted weights; --loss
-    balanced: balanced softmax}; and the accuracy of the product on these images.
+    """Weights of product_of_experts: {"product": (a_1 .. a_T, b, d), and for stage 1's network
+    before TPD (a, b, d) of what DO has to beat: cross-entropy, the same with post-hoc logit
+    adjustment (Menon et al., ICLR 2021: tau 1) and with fitted weights; --loss balanced: balanced
+    softmax}; and the accuracy of the product on validation images.
 
-    networks: stage 1 before TPD, then T sub-models. Without enough images the weights are equal.
+    networks: stage 1 before TPD, then T sub-models. Without enough validation images nothing is
+    fitted: the product's weights are equal, its accuracy None.
     """
     data = loader.data
     T = len(stages)
-    kinds = {"ce": [1.0, 0.0, 0.0], "ce_la": [1.0, -1.0, 0.0]}
-    if args.loss == "balanced":
-        kinds = {"bsce": [1.0, 0.0, 0.0]}
-    if stages[0].name != "many":
-        kinds = {}
-    equal = torch.tensor([1 / T] * T + [0.0, 0.0], device=loader.device)
-    if not len(data.val):
-        return {"product": equal.tolist()} | kinds, None
+    kinds = {"product": [1 / T] * T + [0.0, 0.0]}
+    base = "bsce" if args.loss == "balanced" else "ce"
+    if stages[0].name == "many":
+        kinds[base] = [1.0, 0.0, 0.0]
+        if base == "ce":
+            kinds["ce_la"] = [1.0, -1.0, 0.0]
+    if not enough_to_fit(data.val.labels, stages, data.num_classes):
+        return kinds, None
 
     def take(logits, rows):
-        """The logarithms."""
-        return {"logp": mean_log(logits.softmax(3)).transpose(0, 1)}
+        """The logarithms, means over the views."""
+        return {"logp": logits.log_softmax(3).mean(1).transpose(0, 1)}
     found = loader.sweep(networks, "val", take, args.views, args.seed)
     logp = found["logp"].transpose(0, 1)  # (1 + T) x N x K
-    weights = equal
-    if enough_to_fit(data.val.labels, stages, data.num_classes):
-        weights = fit_product(logp[1:], data.val.labels, data.counts, equal)
-        for name in list(kinds)[:1]:
-            plain = torch.tensor(kinds[name], device=loader.device)
-            fitted = fit_product(logp[:1], data.val.labels, data.counts, plain)
-            kinds[f"{name}_fitted"] = fitted.tolist()
+
+    def fit(name, logp):
+        """fit_product, from the weights of this name."""
+        start = torch.tensor(kinds[name], device=loader.device)
+        return fit_product(logp, data.val.labels, data.counts, start)
+    weights = fit("product", logp[1:])
+    kinds["product"] = weights.tolist()
+    if base in kinds:
+        kinds[f"{base}_fitted"] = fit(base, logp[:1]).tolist()
     logits = product_of_experts(logp[1:], weights, data.counts)
-    return {"product": weights.tolist()} | kinds, top_1(answers(logits), data.val, data)
+    return kinds, top_1(answers(logits), data.val, data)
 
 def aggregate(networks, kinds, stages, loader, args):
     """What result.json says of the test images, from one sweep over them: the four mixtures, each
-    sub-model alone, the baselines, and two diagnoses that use labels. networks, kinds: see
-    validation_fits."""
+    sub-model alone, the baselines, and the oracle. networks, kinds: see validation_fits."""
     data = loader.data
     split = data.test
     route = oracle_route(stages, data.num_classes).to(loader.device)
     lattice = simplex_lattice(len(stages)).to(loader.device)
     labels = torch.from_numpy(split.labels).to(loader.device)
-    weights = {name: torch.tensor(values, device=loader.device) for name, values in kinds.items()}
 
     def take(logits, rows):
-        """What is kept of a batch."""
+        """The mixtures, the product and the baselines."""
         show_progress("test images predicted", int(rows[-1]) + 1, len(split))
-        probs = logits.softmax(3)
-        logp = mean_log(probs)
-        kept = mixtures(probs[1:], labels[rows], route, lattice)
-        for name, w in weights.items():
-            of = logp[1:] if name == "product" else logp[:1]
-            kept[name] = answers(product_of_experts(of, w, data.counts))
+        kept = mixtures(logits[1:].softmax(3), labels[rows], route, lattice)
+        logp = logits.log_softmax(3).mean(1)
+        for name, values in kinds.items():
+            experts = logp[1:] if name == "product" else logp[:1]
+            weights = torch.tensor(values, device=loader.device)
+            kept[name] = answers(product_of_experts(experts, weights, data.counts))
         return kept
     found = loader.sweep(networks, "test", take, args.views, args.seed)
-    group, found["group"] = group_answers(found, lattice)
+    group = lattice[found["agreement"].sum(0).argmax()].float()
+    parts = found["probs"].split(1024)
+    answered = [likeliest((p.float() * group[:, None]).sum(1)) for p in parts]
+    found["group"] = torch.cat(answered)
+    instance = found["lambda"].cpu().numpy()
     by_group = {}
     for name, classes in data.groups.items():
-        chosen = found["lambda"][torch.from_numpy(np.isin(split.labels, classes)).to(group.device)]
+        chosen = instance[np.isin(split.labels, classes)]
         by_group[name] = chosen.mean(0).tolist() if len(chosen) else None
+
+    def accuracies(names):
+        """{name: top_1}."""
+        return {name: top_1(found[name], split, data) for name in names}
     alone = [f"alone {t}" for t in range(len(stages))]
-    names = ["instance", "group", "mean", "oracle", *kinds, *alone]
-    accuracy = {name: top_1(found[name], split, data) for name in names}
     return {
         "product": kinds["product"],
         "group_lambda": group.tolist(),
         "lambda_by_group": by_group,
-        "aggregations": {name: accuracy[name] for name in ("instance", "group", "mean", "product")},
-        "alone": [accuracy[name] for name in alone],
-        "bar": {name: accuracy[name] for name in kinds if name != "product"},
-        "oracle_by_true_group": accuracy["oracle"],
-        "at_least_one_right": 100 * found["right"].mean().item(),
+        "aggregations": accuracies(("instance", "group", "mean", "product")),
+        "alone": list(accuracies(alone).values()),
+        "bar": accuracies(list(kinds)[1:]),
+        "oracle_by_true_group": accuracies(["oracle"])["oracle"],
     }
 
 def test_time(model, stages, loader, run):
     """All sub-models on validation and test images, then mixed. Adds to run.report; returns what
-    model.pt predicts with: (plain state dicts, product's weights, its bias by class). What is done
-    is kept in the checkpoint."""
+    model.pt predicts with: (plain state dicts, product's weights, its bias by class). What was
+    fitted is kept in the checkpoint."""
     args = run.args
     data = loader.data
     report = run.report
     T = len(stages)
-    with reading(run.folder / "stage1.pt", "copy it from where the run was begun"):
-        first = torch.load(run.folder / "stage1.pt", map_location="cpu", weights_only=True)
-    states = [submodel_state(model, t) for t in range(1, T + 1)]
+    states = [submodel_state(model, t) for t in range(T + 1)]
     networks = []
-    for state in (first, *states):  # the first: stage 1 before TPD
+    for state in states:
         plain = build_model(args.arch, data.num_classes, size=data.size)
         plain.load_state_dict(state)
         plain.to(loader.device, memory_format=memory_format(plain, loader.device))
         networks.append(Network(plain, report["precision"]))
     began = clock(loader.device)
     if report.get("views") != args.views:
-        fits = validation_fits(networks, stages, loader, args)
-        report |= {"views": args.views, "kinds": fits[0], "val": fits[1], "test": None}
+        kinds, accuracy = validation_fits(networks, stages, loader, args)
+        report |= {"views": args.views, "kinds": kinds, "val": accuracy}
         run.save(model, stage=T + 1, epoch=0, rest=model.stage_rest)
-    if not report["test"]:
-        report["test"] = aggregate(networks, report["kinds"], stages, loader, args)
-        run.save(model, stage=T + 1, epoch=0, rest=model.stage_rest)
+    report["test"] = aggregate(networks, report["kinds"], stages, loader, args)
     report |= {key: report["test"][key] for key in ("aggregations", "lambda_by_group", "bar")}
-    weights = torch.tensor(report["kinds"]["product"], device=loader.device)
-    report["fitted"] = bool((weights[:T] != 1 / T).any())
     report["eval_seconds"] = clock(loader.device) - began
-    bias = product_bias(weights[T], weights[T + 1], data.counts)
-    return states, weights[:T], bias
+    *weights, b, d = torch.tensor(report["kinds"]["product"], device=loader.device)
+    weights = torch.stack(weights)
+    report["fitted"] = bool((weights != 1 / T).any())
+    return states[1:], weights, product_bias(b, d, data.counts)
 
 # ----------------------------------------------------------------------------------------- report
 
-def show_report(report, run):
+def show_report(report):
     """The tables of the paper, from this run."""
     test = report["test"]
     stages = {label: entry["acc"] for label, entry in report["submodels"].items()}
@@ -920,10 +859,7 @@ def show_report(report, run):
     rows["model.pt: the product, clean images alone"] = report["clean"]
     print("\n" + table("Mean over the clean image and its views", rows))
     fitted = "fitted on validation images" if report["fitted"] else "not fitted"
-    print(
-        f"some sub-model is right: {test['at_least_one_right']:.1f} % of the images; weights of "
-        f"the product, {fitted}: {', '.join(f'{w:.2f}' for w in test['product'])}"
-    )
+    print(f"weights of the product, {fitted}: {', '.join(f'{w:.2f}' for w in test['product'])}")
 
 def main(argv=None):
     """Train, decouple, mix, evaluate: the whole method in the paper's order."""
@@ -932,7 +868,6 @@ def main(argv=None):
     data = load_from_flags(args)
     settle(args, data)
     resumed = find_checkpoint(args, data)
-    run = Run(args, data, resumed)
     stages = make_stages(args, data, device)
     if not enough_to_fit(data.val.labels, stages, data.num_classes):
         print("note: the sub-models will be mixed with equal weights: to fit them needs 5 "
@@ -942,26 +877,27 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     start_from = not resumed and (args.weights or args.pretrained)
     model = build_model(args.arch, data.num_classes, start_from, data.size)
-    if args.epochs[0] == 0 and not resumed and not model.complete:
-        raise InputError(f"--weights {args.weights}: has no last layer for these classes, and with "
-                         "--epochs 0 stage 1 is not trained; give that run's stage1.pt")
+    if args.epochs[0] == 0 and not resumed and not getattr(model, "complete", False):
+        raise InputError("--epochs 0: stage 1, which is not trained here, has no last layer for "
+                         "these classes; give its run's stage1.pt as --weights")
     add_owner_masks(model, args.prune_classifier)
     say_share(model, owned_layers(model).values(), "can belong to a stage")
     model.stage_rest = resumed.get("rest", {})
-    with run:
-        network = prepare(model, loader, run)
-        for t, stage in enumerate(stages, 1):
-            if t >= resumed.get("stage", 1):
-                cpo(network, t, stage, loader, run)  # Eq. 1-3
-                tpd(network, t, stage, loader, run)  # Eq. 4; the last stage keeps all
-        states, weights, bias = test_time(model, stages, loader, run)  # Eq. 5
 
-        report = run.report
-        saved = classifier_content(args.arch, loader, states, weights, bias)
-        classifier = Classifier(saved).to(device)
-        report["clean"] = top_1(loader.answers(classifier.experts, "test"), data.test, data)
-        show_report(report, run)
-        return finish(run, "do", report["aggregations"][args.agg], saved, loader)
+    run = Run(args, data, resumed)
+    network = prepare(model, loader, run)
+    for t, stage in enumerate(stages, 1):
+        if t >= resumed.get("stage", 1):
+            cpo(network, t, stage, loader, run)  # Eq. 1-3
+            tpd(network, t, stage, loader, run)  # Eq. 4; the last stage keeps all
+    states, weights, bias = test_time(model, stages, loader, run)  # Eq. 5
+
+    report = run.report
+    saved = classifier_content(args.arch, loader, states, weights, bias)
+    classifier = Classifier(saved).to(device)
+    report["clean"] = tested(classifier.experts, "test", loader)
+    show_report(report)
+    return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
 
@@ -975,21 +911,18 @@ def prepare(model, loader, run):
     if WORLD > 1 and device.type == "cuda":
         model = synchronized(model, args.arch)
     model.to(device, memory_format=memory_format(model, device))
-    if "precision" not in report:
-        report["precision"] = choose_precision(args.precision, device)
+    found = choose_precision(args.precision, device)
+    precision = report.setdefault("precision", found)  # a resumed run keeps its own
     if run.resumed:
-        with reading(run.folder / "last.pt", "delete it and start again"):
-            model.load_state_dict(run.resumed["model"])
+        model.load_state_dict(run.resumed["model"])
     if args.compile == 1 or (args.compile is None and device.type == "cuda"):
         model.compile(mode="reduce-overhead")
-    parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
-        f"batch {loader.batch_size}, processes: {WORLD}; seed {args.seed}; "
-        f"writes {args.out}",
+        f"{args.arch}; {device}, {precision}; batch {loader.batch_size}, processes: {WORLD}; "
+        f"seed {args.seed}; writes {args.out}",
         flush=True,
     )
-    return Network(model, report["precision"])
+    return Network(model, precision)
 
 def distribute(network):
     """The network, in DistributedDataParallel when there are several processes (gradients are
@@ -999,34 +932,29 @@ def distribute(network):
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 class Run:
-    """The folder --out of a run: last.pt to go on from, and log.csv. resumed: the checkpoint
-    of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
+    """The folder --out of a run, locked until the process ends: last.pt to go on from, and log.csv.
 
-    `with run:` makes the folder and holds its lock. Raises InputError for a folder that cannot be
-    made or that another run writes into.
+    resumed: the checkpoint that the run goes on from, {} if there is none and once it has gone on.
+    report: what the run found so far, kept with the checkpoint. Raises InputError for a folder
+    that cannot be made or that another run writes into.
     """
 
     def __init__(self, args, data, resumed):
         self.args = args
         self.folder = Path(args.out)
         self.resumed = resumed
-        self.headed = False  # whether the log has shown its columns
-        self.data = resumed.get("data") or fingerprint(data)
-        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0,
-                                                "parts": []}
-
-    def __enter__(self):
+        self.data = fingerprint(data)
+        nothing = {"log": [], "train_seconds": 0.0, "images": 0, "parts": []}
+        self.report = resumed.get("report", nothing)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.folder / "lock")
+            # a singleton: a second run of this process may go on where the first was interrupted
+            self.lock = FileLock(self.folder / "lock", timeout=0, is_singleton=True)
             if RANK == 0:
-                self.lock.acquire(timeout=0)
+                self.lock.acquire()
         except (OSError, Timeout) as error:
             raise InputError(f"--out {self.folder}: cannot be made a folder or written, or another "
                              f"run writes into it ({type(error).__name__}); give another") from None
-
-    def __exit__(self, *error):
-        self.lock.release()
 
     def save(self, model, optimizer=None, **where):
         """Checkpoint: the model, its optimiser, the report and `where` the run stands. The one
@@ -1035,21 +963,21 @@ class Run:
                  "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict()}
         write_file(self.folder / "last.pt", lambda tmp: torch.save(state | where, tmp),
                    keep_previous=True)
+        self.resumed = {}
 
-    def log(self, row, images, seconds, total):
+    def log(self, row, images, seconds):
         """An epoch's row {column: value}: into log.csv and printed, with images/s and the minutes
-        left of `total` images."""
+        that the epochs left will take."""
         report = self.report
         report["train_seconds"] += seconds
         report["images"] += images
-        left = (total - report["images"]) * seconds / images
-        row = row | {"img/s": images / seconds, "min left": left / 60}
         report["log"].append(row)
+        left = int(np.sum(self.args.epochs)) - len(report["log"])
+        row |= {"img/s": images / seconds, "min left": left * seconds / 60}
 
         write_csv(self.folder / "log.csv", list(row), [r.values() for r in report["log"]])
-        if row["epoch"] == 1 or not self.headed:
+        if row["epoch"] == 1 or self.resumed:
             print(*(f"{name:>9}" for name in row))
-            self.headed = True
         cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
         print(*(f"{cell:>9}" for cell in cells), flush=True)
 

@@ -80,15 +80,13 @@ def build_model(arch, num_classes, pretrained=False, size=None):
     dict takes that, all but a last layer of another shape. size: (H, W) of the images that it
     must take. Raises InputError for an unknown arch, weights or a size that do not fit.
     """
-    download = pretrained and not isinstance(pretrained, (str, Path))
+    download = pretrained == 1  # or True; else it is a path
     if arch.startswith("timm:"):
         model = timm_model(arch, num_classes, download, size)
-    elif download:
-        model = torchvision_pretrained(arch, num_classes)
-    elif arch in CIFAR_DEPTHS:
+    elif arch in CIFAR_DEPTHS and not download:
         model = ResNetCifar(CIFAR_DEPTHS[arch], num_classes)
     else:
-        model = torchvision_model(arch, num_classes=num_classes)
+        model = torchvision_model(arch, num_classes, download)
     if pretrained and not download:
         model.complete = load_weights(model, pretrained)
     if size:
@@ -99,61 +97,54 @@ def check_takes(model, arch, size, num_classes):
     """Raise InputError unless the network takes images of `size` (H, W) and gives n x K logits."""
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, 3, *size))
+            shape = tuple(model.eval()(torch.zeros(2, 3, *size)).shape)
+        if shape != (2, num_classes):
+            raise ValueError(f"it answers with {shape} instead of {num_classes} logits per image")
     except Exception as error:  # networks refuse a size in a dozen ways
         raise InputError(f"--arch {arch} cannot take images of {size[0]} pixels ({why(error)}); "
                          "give another --arch or --size") from None
-    shape = tuple(getattr(logits, "shape", ()))
-    if shape != (2, num_classes):
-        raise InputError(f"--arch {arch} answers with {shape} instead of {num_classes} logits per "
-                         "image; give a classifier")
     model.train()
 
-def torchvision_model(arch, **options):
-    """A classifier of torchvision's by name. Raises InputError for an unknown one."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if arch not in known or arch in ("googlenet", "inception_v3"):  # these have several outputs
-        raise InputError(f"--arch {arch}: unknown; take resnet32, resnet50, resnet152, another of "
-                         "torchvision's, or timm:NAME")
-    return torchvision.models.get_model(arch, **options)
-
-def torchvision_pretrained(arch, num_classes):
-    """A ResNet of torchvision's with its ImageNet weights and a new last layer."""
-    if arch in CIFAR_DEPTHS or not arch.startswith(("resne", "wide_resnet")):
-        raise InputError(f"--arch {arch}: --pretrained 1 has torchvision's ResNets, resnet50 say, "
-                         "and timm's networks; take one of them, --weights FILE or --pretrained 0")
-    torchvision_model(arch)
+def torchvision_model(arch, num_classes, download):
+    """A classifier of torchvision's by name; download: a ResNet with its ImageNet weights and a new
+    last layer. Raises InputError for an unknown one."""
+    known = torchvision.models.list_models(
+        module=torchvision.models,
+        include="*resne*" if download else None,
+        exclude=["googlenet", "inception_v3"],  # these have several outputs
+    )
+    if arch not in known:
+        raise InputError(f"--arch {arch}: unknown, or without weights to download; take resnet50, "
+                         "timm:NAME, or with --pretrained 0 or --weights FILE resnet32 or any of "
+                         "torchvision's classifiers")
+    if not download:
+        return torchvision.models.get_model(arch, num_classes=num_classes)
+    torchvision.models.get_model(arch)  # its draws come before the last layer's, as in earlier runs
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     remedy = f"put it into {torch.hub.get_dir()}/checkpoints, give --weights FILE or --pretrained 0"
     with reading(f"--pretrained: {url}", remedy):
-        model = torchvision_model(arch, weights="DEFAULT")
+        model = torchvision.models.get_model(arch, weights="DEFAULT")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
 
-def timm_model(arch, num_classes, pretrained=False, size=None):
+TIMM = "take one of timm.list_models() (pip install timm); without a network --weights FILE"
+
+def timm_model(arch, num_classes, download, size):
     """A classifier of timm's (--arch timm:NAME) for images of `size` (H, W)."""
-    timm = import_timm(arch)
     name = arch.removeprefix("timm:")
-    options = {"num_classes": num_classes, "pretrained": pretrained}
-    remedy = "take one of timm.list_models(), and --weights FILE where there is no network"
-    with reading(f"--arch {arch}", remedy):
+    options = {}
+    with reading(f"--arch {arch}", TIMM):
+        import timm
         if size and timm.get_pretrained_cfg(name).fixed_input_size:
             options["img_size"] = size
-        return timm.create_model(name, **options)
-
-def import_timm(arch):
-    """The module timm. Raises InputError when it is not installed."""
-    try:
-        import timm
-    except ImportError:
-        raise InputError(f"--arch {arch}: needs timm; pip install timm") from None
-    return timm
+        return timm.create_model(name, download, num_classes=num_classes, **options)
 
 def synchronized(model, arch):
     """The model with BatchNorm that sees the batch of all processes. timm's BatchNorm has the
     activation in it, which torch's conversion would lose."""
     if arch.startswith("timm:"):
-        return import_timm(arch).layers.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm
+        return convert_sync_batchnorm(model)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 def network_stats(arch):
@@ -161,8 +152,8 @@ def network_stats(arch):
     for others, which take what data_lt.channel_stats finds."""
     if not arch.startswith("timm:"):
         return None
-    timm = import_timm(arch)
-    with reading(f"--arch {arch}", "take one of timm.list_models()"):
+    with reading(f"--arch {arch}", TIMM):
+        import timm
         config = timm.get_pretrained_cfg(arch.removeprefix("timm:"), allow_unregistered=False)
     return 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
 
@@ -182,43 +173,39 @@ IGNORED = ("argparse.Namespace types.SimpleNamespace pathlib.PosixPath pathlib.P
            "builtins.list builtins.dict builtins.int builtins.float builtins.set").split()
 
 def read_weights(path):
-    """{name: tensor} of a weight file: the names are the keys of all dicts and lists in it, with
-    dots between. Safetensors are known by their content. Raises InputError."""
-    with reading(path, "give what torch.save or safetensors wrote"):
-        with open(path, "rb") as file:
-            safe = file.read(9)[8:] == b"{"
-        if safe:
-            with reading(path, "pip install safetensors"):
-                from safetensors.torch import load_file
+    """What a weight file holds, objects beside its tensors replaced. Safetensors are known by their
+    content. Raises InputError for objects whose loading may run code."""
+    with open(path, "rb") as file:
+        if file.read(9)[8:] == b"{":
+            from safetensors.torch import load_file
             return load_file(path)
-        stands_in = [(Ignored, name) for name in IGNORED]
-        stands_in.append((lambda *args: {}, "collections.defaultdict"))
-        try:
-            with torch.serialization.safe_globals(stands_in):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)|class '([^']+)", str(error))
-            if not found:
-                raise
-            raise InputError(
-                f"{path}: holds {found[1] or found[2]}, and loading that may run code; if you "
-                f"trust the file, keep its tensors alone: state = torch.load({str(path)!r}, "
-                "weights_only=False)['state_dict']; torch.save(state, 'weights.pt')") from None
-    return dict(tensors_in(content))
+    stands_in = [(Ignored, name) for name in IGNORED]
+    stands_in.append((lambda *args: {}, "collections.defaultdict"))
+    try:
+        with torch.serialization.safe_globals(stands_in):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|class '([^']+)", str(error))
+        if not found:  # it is damaged
+            raise
+        raise InputError(
+            f"{path}: holds {found[1] or found[2]}, and loading that may run code; if you trust "
+            f"the file, keep its tensors alone: state = torch.load({str(path)!r}, "
+            "weights_only=False)['state_dict']; torch.save(state, 'weights.pt')") from None
+
+# In no prediction: counters of BatchNorm and of a profiler, and what hides a part of an image.
+UNUSED = ("num_batches_tracked", "total_ops", "total_params", "mask_token")
 
 def tensors_in(content, name=""):
-    """Yield (name, tensor) of a nest of dicts and lists."""
-    if isinstance(content, torch.Tensor):
-        yield name.removesuffix("."), content
+    """Yield (name, tensor) of a nest of dicts and lists, all but UNUSED: the names are the keys on
+    the way to it with dots between."""
+    if isinstance(content, torch.Tensor) and not name.endswith(UNUSED):
+        yield name.removeprefix("."), content
     if isinstance(content, (list, tuple)):
         content = dict(enumerate(content))
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from tensors_in(value, f"{name}{key}.")
-
-# Of several networks in one file the first of these is taken, the average of a training before all.
-PREFERRED = ("ema", "averaged", "teacher", "encoder_q", "base_encoder", "query", "online")
-COUNTERS = ("num_batches_tracked", "total_ops", "total_params")  # in BatchNorm, and of a profiler
+            yield from tensors_in(value, f"{name}.{key}")
 
 def load_weights(model, path):
     """Load the network's body from a weight file, wherever it stands there, and print what was
@@ -227,116 +214,95 @@ def load_weights(model, path):
     The body is all but the last layer. It is found under the prefix below which its names stand
     with their shapes, or as tensors of the same shapes in the same order (LDAM-DRW's networks). A
     last layer of another shape is left as it is. Raises InputError for a file that lacks some of
-    the body, or has layers that the network has no place for, tensors of integers, or values that
-    are not finite.
+    the body or has more in its layers, for quantised tensors, and values that are not finite.
     """
-    with reading(f"--weights {path}", "give a checkpoint of this network"):
-        file = {k: v for k, v in read_weights(path).items() if not k.endswith(COUNTERS)}
-        heads = classifier_names(model)
-        own = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTERS)}
-        body = {k: v for k, v in own.items() if k.rpartition(".")[0] not in heads}
-        named = {prefix: renamed(model, below(prefix, file))
-                 for prefix in prefixes(file, len(body) // 2)}
-        found = {prefix: state for prefix, state in named.items() if not difference(body, state)}
-        how = ""
-        if not found:
-            alike = {tuple(map(id, state.values())): p for p, state in named.items()}
-            found = {p: in_order(own, body, named[p]) for p in alike.values()}
-            found = {prefix: state for prefix, state in found.items() if state}
-            how = " in the order of its tensors, whose names differ,"
-        prefix = chosen_prefix(path, found, named, body)
-        state = found[prefix]
-        check_left_over(path, state, body, heads)
-        fits = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
+    heads = classifier_names(model)
+    own = dict(tensors_in(model.state_dict()))
+    body = {k: v for k, v in own.items() if k.rpartition(".")[0] not in heads}
+    with reading(f"--weights {path}", "give a checkpoint of this network, of torch.save or "
+                                      "safetensors (pip install safetensors)"):
+        file = dict(tensors_in(read_weights(path)))
+        networks = {prefix: renamed(model, state) for prefix, state in below_prefixes(file).items()}
+        found = {prefix: state for prefix, state in networks.items() if not misfits(body, state)}
+        how = "" if found else " in the order of its tensors, whose names differ"
+        found = found or in_order(networks, body, own)
+        if found:
+            prefix = chosen_prefix(path, found)
+            state = found[prefix]
+            # In its layers, but without a place there: left out they change what it computes.
+            roots = {key.split(".")[0] for key in body}
+            odd = [k for k in state if k not in own and k.split(".")[0] in {k, *roots}]
+        else:
+            state = min(networks.values(), key=lambda state: len(misfits(body, state)))
+            odd = misfits(body, state)
+        if odd:
+            there, here = (list(some[odd[0]].shape) if odd[0] in some else "absent"
+                           for some in (state, own))
+            raise InputError(f"--weights {path}: is of another network: {odd[0]} is {there} there, "
+                             f"{here} in this network; give the --arch that it was trained with")
+        lacking = misfits(own, state)
+        fits = {key: state[key] for key in own if key not in lacking}
         for key, value in fits.items():
-            if value.is_floating_point() != own[key].is_floating_point() or value.itemsize < 2:
-                raise InputError(f"--weights {path}: {key} is {value.dtype}; give weights of "
-                                 "floating-point numbers, not quantised ones")
-            if not value.to(own[key].dtype).isfinite().all():
-                raise InputError(f"--weights {path}: {key} holds values that are not finite; give "
-                                 "a checkpoint from before the training failed")
+            v = own[key]
+            quantised = value.itemsize < 2 or value.is_floating_point() != v.is_floating_point()
+            if quantised or not value.to(v.dtype).isfinite().all():
+                raise InputError(f"--weights {path}: {key} ({value.dtype}) is quantised or not "
+                                 "finite; give another checkpoint of this network")
         model.load_state_dict(fits, strict=False)
-    complete = len(fits) == len(own)
-    unused = len(file) - len(fits)
-    print(f"weights from {path}:{how} {prefix}*, {len(fits)} tensors"
-          + "; the last layer starts afresh" * (not complete)
-          + f"; {unused} other tensors not used" * (unused > 0))
-    return complete
+    print(f"weights from {path}: {prefix}*, {len(fits)} tensors{how}; {len(file) - len(fits)} "
+          "others not used" + "; the last layer starts afresh" * bool(lacking))
+    return not lacking
 
-def below(prefix, file):
-    """{name without the prefix: tensor} of the names in a file that begin with it."""
-    return {k.removeprefix(prefix): v for k, v in file.items() if k.startswith(prefix)}
-
-def prefixes(file, least):
-    """The prefixes, "" among them, below which at least `least` of the names in a file stand."""
-    sizes = Counter()
-    for name in file:
-        parts = name.split(".")
-        sizes.update(".".join([*parts[:i], ""]) for i in range(len(parts)))
-    return [prefix for prefix, size in sizes.items() if size >= max(1, least)]
+def below_prefixes(file):
+    """{prefix: {rest of the name: tensor}} of each prefix of the names in a file, "" among them."""
+    found = {"": file}
+    for name, tensor in file.items():
+        for dot in re.finditer(r"\.", name):
+            found.setdefault(name[: dot.end()], {})[name[dot.end() :]] = tensor
+    return found
 
 def renamed(model, state):
     """The state with the names and the position embedding of timm's networks, which know their
     older forms; of other networks as it is."""
-    source = sys.modules[type(model).__module__]
-    rename = getattr(source, "checkpoint_filter_fn", None)
-    if rename is None or not source.__name__.startswith("timm."):
-        return state
     try:
-        return rename(dict(state), model)
-    except Exception:  # it expects a checkpoint of this network, and this is none
+        return sys.modules[type(model).__module__].checkpoint_filter_fn(dict(state), model)
+    except Exception:  # no network of timm's, or no checkpoint of this one
         return state
 
-def difference(body, state):
-    """What first keeps a state from being the network's body, in words; "" if nothing does."""
-    for key, value in body.items():
-        if key not in state:
-            return f"it lacks {key}"
-        if state[key].shape != value.shape:
-            return f"{key} is {list(state[key].shape)} there, {list(value.shape)} in the network"
-    return ""
+def misfits(own, state):
+    """The names of those tensors of a network that a state lacks or has in another shape."""
+    return [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
 
-def in_order(own, body, state):
-    """The state under the network's names, if its tensors have the body's shapes in the same order
-    and end in the same words (weight, bias ..), with at most a last layer after them; else None."""
-    theirs = list(state.items())
-    if not len(body) <= len(theirs) <= len(own):
-        return None
-    for (key, value), (other, tensor) in zip(body.items(), theirs):
-        if value.shape != tensor.shape or key.split(".")[-1] != other.split(".")[-1]:
-            return None
-    names = [*body, *(key for key in own if key not in body)]
-    return {name: tensor for name, (_, tensor) in zip(names, theirs)}
+def in_order(networks, body, own):
+    """Those of the networks {prefix: state} whose tensors have the body's shapes in the same order
+    and end in the same words (weight, bias ..), with at most a last layer after them, as {prefix:
+    state under the network's own names}."""
+    def kinds(state):
+        """The last words of the names, and the shapes."""
+        return [(key.split(".")[-1], value.shape) for key, value in state.items()]
 
-def chosen_prefix(path, found, named, body):
-    """Which of the networks found in a file is taken, its prefix. Raises InputError when there is
-    none, or it is not clear which."""
-    if not found:
-        prefix = max(named, key=lambda p: sum(k in named[p] for k in body), default=None)
-        said = "it holds no tensors of it" if prefix is None else difference(body, named[prefix])
-        raise InputError(f"--weights {path}: is of another network: {said}; give the --arch that "
-                         "it was trained with")
-    for word in PREFERRED:
-        liked = [prefix for prefix in found if re.search(rf"(^|[._]){word}", prefix.lower())]
-        if liked:
+    found = {}
+    for prefix, state in networks.items():
+        roots = {key.split(".")[0] for key in state}  # a single one: a longer prefix says more
+        if len(roots) > 1 and len(state) <= len(own) and kinds(state)[: len(body)] == kinds(body):
+            found[prefix] = dict(zip(body | own, state.values()))
+    return found
+
+# Of several networks in one file that is taken whose prefix alone matches the first of these.
+PREFERRED = (r"(^|[._])(ema|averaged)",  # the average of a training
+             r"(^|[._])(teacher|encoder_q|base_encoder|query|online)",
+             r"^(?!.*(momentum|target))",  # these two follow the network that is trained
+             "")
+
+def chosen_prefix(path, found):
+    """Which of the networks found in a file is taken, its prefix. Raises InputError when that is
+    not clear."""
+    for words in PREFERRED:
+        liked = [prefix for prefix in found if re.search(words, prefix.lower())]
+        if len(liked) == 1:
             return liked[0]
-    students = [prefix for prefix in found if "momentum" in prefix or "target" in prefix]
-    clear = [prefix for prefix in found if prefix not in students] or list(found)
-    if len(clear) > 1:
-        raise InputError(f"--weights {path}: holds {len(found)} networks: {', '.join(found)}; save "
-                         "one of them alone (DO's first is in stage1.pt)")
-    return clear[0]
-
-def check_left_over(path, state, body, heads):
-    """Raise InputError when a state has tensors that belong to the network's layers and have no
-    place there: left out they would change what it computes."""
-    roots = {key.split(".")[0] for key in body}
-    for key in state:
-        known = key in body or any(f"{key}.".startswith(f"{head}.") for head in heads)
-        if not known and key.split(".")[0] in roots | {key} - {"mask_token"}:
-            raise InputError(f"--weights {path}: {key} has no place in this network, which "
-                             "computes something else without it; give the --arch that it was "
-                             "trained with")
+    raise InputError(f"--weights {path}: holds {len(found)} networks: {', '.join(found)}; save one "
+                     "of them alone (DO's first is in stage1.pt)")
 
 def weight_layers(model):
     """{name: layer} of the convolutions and linear layers, the classifier among them."""
@@ -359,7 +325,7 @@ def memory_format(model, device):
     backward pass ends the process (seen with torch 2.14.1)."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and device.type == "cpu":
-            if set(layer.kernel_size) == {1} and set(layer.stride) != {1}:
+            if layer.kernel_size == (1, 1) and layer.stride != (1, 1):
                 return torch.contiguous_format
     return torch.channels_last
 
@@ -390,11 +356,9 @@ def choose_precision(name, device):
     speed of fp32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
-    elif hasattr(torch.cpu, "get_capabilities"):
-        known = torch.cpu.get_capabilities()
+    else:  # torch before 2.9 cannot tell
+        known = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(there for flag, there in known.items() if "bf16" in flag)
-    else:  # torch before 2.9
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if name == "bf16" and not native:
         print(f"--precision bf16: {device} emulates it, about ten times slower than fp32")
     if name == "auto":
@@ -404,11 +368,10 @@ def choose_precision(name, device):
 def say_share(model, layers, what):
     """Print how much of a network's weights (without biases, norms and last layer) is that of
     `layers`, a warning below 90 %."""
-    heads = classifier_names(model)
-    known = {p for layer in layers for p in layer.parameters()}
-    weights = {p for name, p in model.named_parameters()
-               if p.dim() > 1 and not name.startswith(tuple(f"{head}." for head in heads))}
-    share = sum(p.numel() for p in known & weights) / max(1, sum(p.numel() for p in weights))
+    last = {p for name in classifier_names(model) for p in model.get_submodule(name).parameters()}
+    weights = {p for p in model.parameters() if p.dim() > 1} - last
+    known = {p for layer in layers for p in layer.parameters()} & weights
+    share = sum(p.numel() for p in known) / sum(p.numel() for p in weights)
     print("warning: only " * (share < 0.9) + f"{share:.0%} of the weights {what}")
 
 def clock(device):
@@ -442,7 +405,7 @@ def owned_layers(model):
 def plain_state(model):
     """A copy of the state dict without the owners: it loads, strict, into the plain network."""
     state = model.state_dict()
-    return {k: v.detach().clone() for k, v in state.items() if not k.endswith("weight_owner")}
+    return {k: v.clone() for k, v in state.items() if not k.endswith("weight_owner")}
 
 def keep_stage_rest(model, t):
     """Remember as stage t's own what has no owners: BatchNorm (affine, statistics), biases, last
@@ -650,42 +613,39 @@ def load_classifier(path):
         return Classifier(saved).requires_grad_(False)
 
 def label_photographs(classifier, paths, batch=32):
-    """Yield (path, probabilities (K,)) of photographs, decoded as in testing. A file that cannot
+    """Yield a row for each photograph, decoded as in testing: [path, *answer]. A file that cannot
     be read is named on stderr and left out."""
-    device = classifier.mean.device
-
     def view(path):
-        """What the network sees of a photograph; None where it cannot be read."""
+        """[(path, what the network sees of it)], or [] when it cannot be read."""
         try:
-            return centre_view(path, classifier.size, classifier.resize)
+            return [(path, centre_view(path, classifier.size, classifier.resize))]
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return []
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for start in range(0, len(paths), batch):
-            some = paths[start : start + batch]
-            seen = [(path, x) for path, x in zip(some, pool.map(view, some)) if x is not None]
-            if seen:
-                read, images = zip(*seen)
-                probs = classifier(torch.stack(images).to(device)).exp().cpu()
-                for path, found in zip(read, probs):
-                    if found.isfinite().all():
-                        yield path, found
-                    else:
-                        print(f"error: {path}: the network's prediction is not a finite number",
-                              file=sys.stderr)
+            seen = sum(pool.map(view, paths[start : start + batch]), [])
+            if not seen:
+                continue
+            images = torch.stack([x for path, x in seen])
+            found = classifier(images.to(classifier.mean.device)).exp().cpu()
+            for (path, x), probs in zip(seen, found):
+                if probs.isfinite().all():
+                    yield [path, *answer(probs, classifier.class_names, classifier.multi_label)]
+                else:
+                    print(f"error: {path}: the network's prediction is not a finite number",
+                          file=sys.stderr)
 
 def answer(probs, names, multi_label):
     """What is said of one photograph: [class, probability, second class, its probability]; with
     several labels per image each label above 0.5, and its probability."""
+    chosen = (probs > 0.5).nonzero()[:, 0] if multi_label else probs.topk(2).indices
+    found = [names[c] for c in chosen]
+    shares = [f"{probs[c]:.4f}" for c in chosen]
     if multi_label:
-        chosen = (probs > 0.5).nonzero()[:, 0].tolist()
-        found = [names[c] for c in chosen]
-        return ["; ".join(found), "; ".join(f"{probs[c]:.4f}" for c in chosen)]
-    row = []
-    for p, c in zip(*probs.topk(min(2, len(names)))):
-        row += [names[c], f"{p:.4f}"]
-    return row
+        return ["; ".join(found), "; ".join(shares)]
+    return [found[0], shares[0], found[1], shares[1]]
 
 def main(argv=None):
     """Label photographs with a model.pt."""
@@ -700,33 +660,30 @@ def main(argv=None):
         raise InputError(f"--csv {args.csv}: is called like a photograph or a model and would be "
                          "overwritten; give a .csv")
     classifier = load_classifier(args.model).to(find_device(args.device))
-    paths = []
-    empty = []
+    found = []
     for path in args.photos:
         skipped = Counter()
-        found = image_files(path, skipped) if Path(path).is_dir() else [path]
+        found.append(image_files(path, skipped) if Path(path).is_dir() else [path])
         say_skipped(path, skipped, sys.stderr)
-        paths += found
-        if not found:
-            empty.append(path)
+        if not found[-1]:
+            print(f"error: {path}: no image in it; give photographs, or folders that hold some",
+                  file=sys.stderr)
+    paths = sum(found, [])
     if not paths:
-        raise InputError(f"{', '.join(empty)}: no image in it; give photographs or folders that "
-                         "hold some")
-    for path in empty:
-        print(f"error: {path}: no image in it", file=sys.stderr)
+        sys.exit(2)
     head = ["file", "class", "probability", "second class", "its probability"]
     head = head[:3] if classifier.multi_label else head
     rows = []
     if args.csv:
         write_csv(args.csv, head, rows)  # before the work, for it may be impossible
     try:
-        for path, probs in label_photographs(classifier, paths):
-            rows.append([path, *answer(probs, classifier.class_names, classifier.multi_label)])
-            print("  ".join(rows[-1]), flush=True)
+        for row in label_photographs(classifier, paths):
+            rows.append(row)
+            print("  ".join(row), flush=True)
     finally:  # after Ctrl-C or | head as well
         if args.csv:
             write_csv(args.csv, head, rows)
-    sys.exit(1 if empty or len(rows) < len(paths) else 0)
+    sys.exit(0 if all(found) and len(rows) == len(paths) else 1)
 
 if __name__ == "__main__":
     run_script(main)

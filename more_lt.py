@@ -30,8 +30,8 @@ from torch.nn.utils import parametrize
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, answers, argument_parser, find_checkpoint,
                      fingerprint, finish, group_means, learning_rates, listed, load_from_flags,
-                     note_part, number, reading, run_name, run_script, seed_from, start,
-                     stop_unless_finite, table, top_1, write_csv, write_file)
+                     note_part, number, run_name, run_script, seed_from, start, stop_unless_finite,
+                     table, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, choose_precision,
                     classifier_content, clock, general_only, memory_format, merge_low_rank,
                     network_stats, plain_state, say_share, synchronized)
@@ -144,7 +144,7 @@ def has_two_passes(args):
 
 def recipe(args, name):
     """{flag: value} from RECIPES for a dataset's recipe, for what was not given."""
-    chosen = RECIPES["default"] | RECIPES.get(name, {})
+    chosen = RECIPES["default"] | RECIPES[name]
     if args.recipe == "paper":
         chosen |= RECIPES["paper"]
     adamw = (args.optimizer or chosen["optimizer"]) == "adamw"
@@ -154,12 +154,12 @@ def recipe(args, name):
 def settle(args, data):
     """Fill in what was not given from the recipe, and fit --loss and --sampling to the data; after
     this nothing changes the flags. Raises InputError for flags that do not go together."""
-    chosen = recipe(args, data.recipe)
-    if args.warmup is None:
-        args.warmup = min(chosen["warmup"], (args.epochs or chosen["epochs"]) / 10)
-    vars(args).update({k: v for k, v in chosen.items() if getattr(args, k) is None})
-    args.loss = args.loss or ("bce" if data.multi_label else "ce")
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(recipe(args, data.recipe) | given)
+    if "warmup" not in given:
+        args.warmup = min(args.warmup, args.epochs / 10)
     fitting = ("bce", "focal", "asl", "db") if data.multi_label else ("ce", "bsce", "ldam", "focal")
+    args.loss = args.loss or fitting[0]
     if args.loss not in fitting:
         labels = "several labels" if data.multi_label else "one label"
         raise InputError(
@@ -197,8 +197,8 @@ def focal_loss(logits, target, gamma=2.0):
         z = torch.where(target > 0, logits, -logits)
         return ((gamma * F.logsigmoid(-z)).exp() * -F.logsigmoid(z)).mean()
     log_p = logits.log_softmax(1)
-    others = F.one_hot(target, logits.shape[1]) == 0
-    log_rest = log_p.masked_fill(~others, -math.inf).logsumexp(1)  # log(1 - p_y)
+    own = F.one_hot(target, logits.shape[1]).bool()
+    log_rest = log_p.masked_fill(own, -math.inf).logsumexp(1)  # log(1 - p_y)
     return ((gamma * log_rest).exp() * F.nll_loss(log_p, target, reduction="none")).mean()
 
 def ldam_loss(logits, target, counts, max_margin=0.5):
@@ -249,20 +249,17 @@ def distribution_balanced_loss(
 def base_loss(name, data, device):
     """The function loss(logits, target) of --loss."""
     counts = torch.tensor(data.counts, dtype=torch.float32, device=device)
-    if name == "ce":
-        return F.cross_entropy
-    if name == "bsce":
-        return partial(balanced_softmax, counts=counts)
-    if name == "ldam":
-        return partial(ldam_loss, counts=counts)
-    if name == "focal":
-        return focal_loss
-    if name == "bce":
-        return lambda logits, y: F.binary_cross_entropy_with_logits(logits, y.to(logits))
-    if name == "asl":
-        return asymmetric_loss
     published = dict(mu=0.2, scale=2.0) if data.name == "coco_mlt" else {}  # Wu et al.'s for COCO
-    return partial(distribution_balanced_loss, counts=counts, total=len(data.train), **published)
+    balanced = partial(distribution_balanced_loss, counts=counts, total=len(data.train))
+    return {
+        "ce": F.cross_entropy,
+        "bsce": partial(balanced_softmax, counts=counts),
+        "ldam": partial(ldam_loss, counts=counts),
+        "focal": focal_loss,
+        "bce": lambda logits, y: F.binary_cross_entropy_with_logits(logits, y.to(logits)),
+        "asl": asymmetric_loss,
+        "db": partial(balanced, **published),
+    }[name]
 
 # ---------------------------------------------------------- Model Rebalancing (MORE): W_g and B A
 
@@ -299,9 +296,10 @@ def more_loss(full, general, prior, target, discrepancy="mse"):
     distance = discrepancies(full, general, discrepancy, target.dim() == 2)
     prior = torch.as_tensor(prior, dtype=distance.dtype, device=distance.device)
     if target.dim() == 1:
-        return (prior[target] * distance).mean()
-    mean_prior = target.to(distance) @ prior / target.sum(1).clamp_min(1)
-    return (mean_prior * distance).mean()
+        weight = prior[target]
+    else:
+        weight = target.to(distance) @ prior / target.sum(1).clamp_min(1)
+    return (weight * distance).mean()
 
 class TwoPasses(nn.Module):
     """x -> (logits of W_g + B A, logits of W_g or None), as one forward: what
@@ -328,8 +326,8 @@ def make_optimizer(model, args):
     Where images have several labels the recipe gives them a tenth of the rate, which is not in the
     paper: the discrepancy loss is steep along B (its curvature is 2 a(t) pi |dlogits/dB|^2), and at
     the full rate B oscillates and shakes W_g with it."""
-    terms = [m for m in model.modules() if isinstance(m, LowRank)]
-    factors = [p for term in terms for p in term.parameters()]
+    terms = nn.ModuleList(m for m in model.modules() if isinstance(m, LowRank))
+    factors = list(terms.parameters())
     known = set(factors)
     others = [p for p in model.parameters() if p not in known]
     groups = [
@@ -360,22 +358,19 @@ def train(network, optimizer, batches, plan, base, prior, discrepancy):
         loss = sum(share * base(full, labels) for share, labels in targets)
         rebalancing = torch.zeros_like(loss)
         if general is not None:
-            parts = [share * more_loss(full, general, prior, labels, discrepancy)
-                     for share, labels in targets]
-            rebalancing = sum(parts)
+            rebalancing = sum(share * more_loss(full, general, prior, labels, discrepancy)
+                              for share, labels in targets)
         optimizer.zero_grad()
         (loss + weight * rebalancing).backward()
         optimizer.step()
         with torch.no_grad():  # progress, without asking the device; of mixed images by the first
             y = targets[0][1]
-            if y.dim() == 2:
-                truth = y.float()
-                right = (full > 0).float()
-            else:
-                truth = F.one_hot(y, len(prior)).float()
-                right = (full.argmax(1) == y).float()[:, None]
-            drawn += truth.sum(0)
-            correct += (truth * right).sum(0)
+            said = full > 0
+            if y.dim() == 1:
+                y = F.one_hot(y, len(prior))
+                said = F.one_hot(full.argmax(1), len(prior))
+            drawn += y.sum(0)
+            correct += (y * said).sum(0)
             loss_sum += loss * len(x)
             more_sum += rebalancing * len(x)
     return [all_sum(value) for value in (drawn, correct, loss_sum, more_sum)]
@@ -385,37 +380,37 @@ def low_rank_share(model):
     """|B A| / |W_g| (Frobenius) of each layer, {name: float}: a term that stays at zero does
     nothing."""
     share = {}
-    for name, layer in model.named_modules():
-        for weight, terms in getattr(layer, "parametrizations", {}).items():
-            if isinstance(terms[0], LowRank):
-                W_g = terms.original
-                share[f"{name}.{weight}"] = float(terms[0].product(W_g).norm() / W_g.norm())
+    for name, terms in model.named_modules():
+        if isinstance(terms, parametrize.ParametrizationList) and isinstance(terms[0], LowRank):
+            W_g = terms.original
+            found = terms[0].product(W_g).norm() / W_g.norm()
+            share[name.replace("parametrizations.", "")] = float(found)
     return share
 
 def loss_weights(epoch, epochs, steps, peak, schedule):
     """a(t) of an epoch's steps, a list."""
-    done = range(epoch * steps, (epoch + 1) * steps)
     if schedule == "constant":
         return [peak] * steps
-    return [sinusoidal_weight(step, epochs * steps, peak) for step in done]
+    first = epoch * steps
+    return [sinusoidal_weight(first + i, epochs * steps, peak) for i in range(steps)]
 
 def fit(network, loader, run):
     """Train W_g and B A together; goes on from the checkpoint of a resumed run."""
     args = run.args
     model = network.model
     data = loader.data
-    epochs = run.args.epochs
+    epochs = args.epochs
     both = has_two_passes(args)
     optimizer = make_optimizer(model, args)
     if run.resumed:
-        with reading(run.folder / "last.pt", "delete it and start again"):
-            optimizer.load_state_dict(run.resumed["optimizer"])
+        optimizer.load_state_dict(run.resumed["optimizer"])
     trained = distribute(TwoPasses(network, both, args.detach_general))
     base = base_loss(args.loss, data, loader.device)
     counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
     prior = counts / counts.sum()
-    uniform = np.full(data.num_classes, 1 / data.num_classes)
-    probs = None if args.sampling == "natural" else uniform
+    probs = None
+    if args.sampling == "class-aware":
+        probs = np.full(data.num_classes, 1 / data.num_classes)
     steps = loader.steps
     peak = args.amplitude * data.num_classes * both  # A = A' x classes
     print(
@@ -430,22 +425,20 @@ def fit(network, loader, run):
         weights = loss_weights(epoch, epochs, steps, peak, args.schedule)
         picks = loader.draw(probs, args.seed, epoch)
         batches = loader.batches(picks, key, args.mixup)
-        plan = zip(rates, weights)
         drawn, correct, loss, more = train(
-            trained, optimizer, batches, plan, base, prior, args.discrepancy
+            trained, optimizer, batches, zip(rates, weights), base, prior, args.discrepancy
         )
         stop_unless_finite(loss + more, model, f"epoch {epoch + 1}", "--lr or --amplitude")
         seconds = clock(loader.device) - began
         images = steps * loader.batch_size
         row = {"epoch": epoch + 1, "loss": loss.item() / images, "rate": rates[0]}
         row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
-        row["val"] = None
-        if epoch % 10 == 9 or epoch + 1 == epochs:
-            row["val"] = tested(network, "val", loader)["val"]["all"]
+        due = epoch % 10 == 9 or epoch + 1 == epochs
+        row["val"] = tested(network, "val", loader)["val"]["all"] if due else None
         if both:
             row |= {"a(t)": weights[0], "L_MORE": more.item() / images,
                     "|BA|/|W|": float(np.mean(list(low_rank_share(model).values())))}
-        run.log(row, images, seconds, images * epochs)
+        run.log(row, images, seconds)
         run.save(model, optimizer, epoch=epoch + 1)
 
 # ---------------------------------------------------------- test time: merged into a plain network
@@ -468,21 +461,18 @@ def f1_scores(scores, targets):
     N x K; targets: 0/1 N x K."""
     chosen = scores > 0
     truth = targets > 0
-    hit = (chosen & truth).double().sum(0)
-    said = chosen.double().sum(0)
-    there = truth.double().sum(0)
+    hit = (chosen & truth).sum(0)
+    said = chosen.sum(0)
+    there = truth.sum(0)
     precision = (hit / said.clamp_min(1))[there > 0].mean()
-    recall = (hit / there)[there > 0].mean()
-    of1 = 2 * hit.sum() / (said.sum() + there.sum())
+    recall = (hit / there).nanmean()
+    of1 = 2 * hit.sum() / (said + there).sum()
     cf1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
     return float(100 * of1), float(100 * cf1)
 
 def scored(logits, split, data):
-    """Top-1 accuracy by group and per class, and ECE, from logits N x K; with several labels per
-    image average precision (their mean is mAP), OF1 and CF1. Nothing but None where the split is
-    empty."""
-    if not data.multi_label or not len(split):
-        return top_1(answers(logits), split, data)
+    """Average precision by group and per class (their mean is mAP), OF1 and CF1, from logits N x K,
+    of images with several labels."""
     labels = torch.from_numpy(split.labels).to(logits.device)
     ap = (100 * average_precision(logits, labels)).cpu().numpy()
     of1, cf1 = f1_scores(logits, labels)
@@ -490,41 +480,26 @@ def scored(logits, split, data):
     return group_means(ap, data.groups) | found
 
 def tested(network, part, loader, views=0, seed=0, adjustments=None):
-    """{kind: scored} of a network on a split's clean images, of the mean over random views of them
-    too, and of both once more with each of `adjustments` {name: (K,)} added to the
-    log-probabilities. With one label per image no logits are kept."""
+    """{kind: figures} of a network on a split's clean images, of the mean over random views of them
+    too, and of both once more with each of `adjustments` {kind: (K,)} added to the logits. The
+    figures are top_1's, with several labels per image those of `scored`; None where the split is
+    empty."""
     data = loader.data
     split = getattr(data, part)
-    kinds = {part: None} | {f"{part}, {name}": added for name, added in (adjustments or {}).items()}
-
-    def variants(logits):
-        """{kind: logits n x K} of views V x n x K."""
-        found = {}
-        for kind, added in kinds.items():
-            z = logits if added is None else logits.log_softmax(2) + added
-            found[kind] = z[0]
-            if views:
-                found[f"{kind}, mean of {1 + views} views"] = z.mean(0)
-        return found
+    kinds = {part: 0.0} | (adjustments or {})
 
     def take(logits, rows):
         """The answers; with several labels all logits, which average precision ranks."""
-        found = variants(logits[0])
+        found = {}
+        for kind, added in kinds.items():
+            z = logits[0] + added
+            found[kind] = z[0]
+            if views:
+                found[f"{kind}, mean of {1 + views} views"] = z.mean(0)
         return found if data.multi_label else {kind: answers(z) for kind, z in found.items()}
-    score = scored if data.multi_label else top_1
     found = loader.sweep([network], part, take, views, seed) or {part: None}
+    score = scored if data.multi_label and len(split) else top_1
     return {kind: score(z, split, data) for kind, z in found.items()}
-
-class GeneralOnly(nn.Module):
-    """The network with W_g alone."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        with general_only(self.network):
-            return self.network(x)
 
 def test_time(network, loader, run):
     """The network on the test images, W_g alone beside it, and B A merged into W_g, which must
@@ -536,8 +511,8 @@ def test_time(network, loader, run):
     began = clock(loader.device)
     adjustments = {}
     if args.loss == "ce":  # post-hoc logit adjustment (tau 1), the baseline to beat
-        counts = torch.tensor(data.counts, dtype=torch.float32, device=loader.device)
-        adjustments["logit-adjusted"] = -(counts / counts.sum()).log()
+        counts = torch.tensor(data.counts, device=loader.device)
+        adjustments["test, logit-adjusted"] = -counts.log()
     rows = tested(network, "test", loader, args.views, args.seed, adjustments)
     report["eval_seconds"] = clock(loader.device) - began
     report["merged_max_abs_diff"] = None
@@ -546,39 +521,34 @@ def test_time(network, loader, run):
     report["results"] = rows
     if args.no_more:
         return
-    for part in ("test", "val"):
-        rows[f"{part}, W_g alone"] = tested(GeneralOnly(network), part, loader)[part]
+    with general_only(model):
+        rows["test, W_g alone"] = tested(network, "test", loader)["test"]
     torch.backends.cudnn.allow_tf32 = False  # bf16's and TF32's rounding is larger than a small BA
     exact = Network(model, "fp32")
-    merged = Network(merge_low_rank(copy.deepcopy(model)), "fp32")
-    part = "val" if len(data.val) else "test"
+    merged = merge_low_rank(copy.deepcopy(exact))
 
     def take(logits, rows):
         """How far the merged network is from the whole."""
         return {"difference": (logits[0, 0] - logits[1, 0]).abs().amax(1)}
-    found = loader.sweep([exact, merged], part, take)
+    found = loader.sweep([exact, merged], "test", take)
     report["merged_max_abs_diff"] = float(found["difference"].max())
     merge_low_rank(model)
 
 # ----------------------------------------------------------------------------------------- report
 
-def show_report(report, run):
+def show_report(report):
     """The tables of this run."""
     rows = {label: found for label, found in report["results"].items() if found["all"] is not None}
     rows["model.pt: clean images"] = report["clean"]
-    multi_label = "of1" in report["results"]["test"]
-    columns = (*GROUPS, "all", *(("of1", "cf1") if multi_label else ("ece",)))
-    title = "mAP, %" if multi_label else "Top-1, %"
+    title = "Top-1, %"
+    columns = (*GROUPS, "all", "ece")
+    if "of1" in report["clean"]:
+        title = "mAP, %"
+        columns = (*GROUPS, "all", "of1", "cf1")
     print("\n" + table(title, rows, columns))
-    if report["merged_max_abs_diff"] is None:
-        return
-    shares = [f"{name} {share:.3f}" for name, share in report["low_rank_share"].items()]
-    print(f"|BA| / |W_g| by layer: {'  '.join(shares)}")
     difference = report["merged_max_abs_diff"]
-    print(
-        f"merged and unmerged logits (fp32) differ by {difference:.1e} at most"
-        + ": TOO MUCH" * (not difference <= 1e-4)
-    )
+    if difference is not None:
+        print(f"merged and unmerged logits (fp32) differ by {difference:.1e} at most; 1e-4 is fine")
 
 def main(argv=None):
     """Decompose, train with two passes, merge, evaluate."""
@@ -587,7 +557,6 @@ def main(argv=None):
     data = load_from_flags(args)
     settle(args, data)
     resumed = find_checkpoint(args, data)
-    run = Run(args, data, resumed)
     stats = network_stats(args.arch)
     loader = Loader(data, device, args.batch_size, args.aug, args.workers, stats)
     torch.manual_seed(args.seed)
@@ -600,24 +569,23 @@ def main(argv=None):
             raise InputError(f"--arch {args.arch}: {error}; take another") from None
         layers = [m for m in model.modules() if parametrize.is_parametrized(m)]
         say_share(model, layers, "are W_g + B A")
-        if not low_rank_share(model):
+        if not layers:
             raise InputError(f"--rank-ratio {args.rank_ratio:g}: A and B would be as large as the "
                              "weights, so none is split; take less")
-    with run:
-        network = prepare(model, loader, run)
-        fit(network, loader, run)
-        test_time(network, loader, run)
 
-        report = run.report
-        states = [plain_state(model)]
-        no_bias = torch.zeros(data.num_classes)
-        saved = classifier_content(args.arch, loader, states, torch.ones(1), no_bias)
-        classifier = Classifier(saved).to(device)
-        experts = classifier.experts.networks[0] if data.multi_label else classifier.experts
-        report["clean"] = tested(experts, "test", loader)["test"]
-        show_report(report, run)
-        method = "base" if args.no_more else "more"
-        return finish(run, method, report["results"]["test"], saved, loader)
+    run = Run(args, data, resumed)
+    network = prepare(model, loader, run)
+    fit(network, loader, run)
+    test_time(network, loader, run)
+
+    report = run.report
+    no_bias = torch.zeros(data.num_classes)
+    saved = classifier_content(args.arch, loader, [plain_state(model)], torch.ones(1), no_bias)
+    classifier = Classifier(saved).to(device)
+    report["clean"] = tested(classifier.experts.networks[0], "test", loader)["test"]
+    show_report(report)
+    method = "base" if args.no_more else "more"
+    return finish(run, method, report["results"]["test"], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
 
@@ -631,21 +599,18 @@ def prepare(model, loader, run):
     if WORLD > 1 and device.type == "cuda":
         model = synchronized(model, args.arch)
     model.to(device, memory_format=memory_format(model, device))
-    if "precision" not in report:
-        report["precision"] = choose_precision(args.precision, device)
+    found = choose_precision(args.precision, device)
+    precision = report.setdefault("precision", found)  # a resumed run keeps its own
     if run.resumed:
-        with reading(run.folder / "last.pt", "delete it and start again"):
-            model.load_state_dict(run.resumed["model"])
+        model.load_state_dict(run.resumed["model"])
     if args.compile == 1 or (args.compile is None and device.type == "cuda"):
         model.compile(mode="reduce-overhead")
-    parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{args.arch}, {parameters:,} parameters in training; {device}, {report['precision']}; "
-        f"batch {loader.batch_size}, processes: {WORLD}; seed {args.seed}; "
-        f"writes {args.out}",
+        f"{args.arch}; {device}, {precision}; batch {loader.batch_size}, processes: {WORLD}; "
+        f"seed {args.seed}; writes {args.out}",
         flush=True,
     )
-    return Network(model, report["precision"])
+    return Network(model, precision)
 
 def distribute(network):
     """The network, in DistributedDataParallel when there are several processes (gradients are
@@ -655,34 +620,29 @@ def distribute(network):
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 class Run:
-    """The folder --out of a run: last.pt to go on from, and log.csv. resumed: the checkpoint
-    of a resumed run, else {}. report: what the run found so far, kept with the checkpoint.
+    """The folder --out of a run, locked until the process ends: last.pt to go on from, and log.csv.
 
-    `with run:` makes the folder and holds its lock. Raises InputError for a folder that cannot be
-    made or that another run writes into.
+    resumed: the checkpoint that the run goes on from, {} if there is none and once it has gone on.
+    report: what the run found so far, kept with the checkpoint. Raises InputError for a folder
+    that cannot be made or that another run writes into.
     """
 
     def __init__(self, args, data, resumed):
         self.args = args
         self.folder = Path(args.out)
         self.resumed = resumed
-        self.headed = False  # whether the log has shown its columns
-        self.data = resumed.get("data") or fingerprint(data)
-        self.report = resumed.get("report") or {"log": [], "train_seconds": 0.0, "images": 0,
-                                                "parts": []}
-
-    def __enter__(self):
+        self.data = fingerprint(data)
+        nothing = {"log": [], "train_seconds": 0.0, "images": 0, "parts": []}
+        self.report = resumed.get("report", nothing)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.folder / "lock")
+            # a singleton: a second run of this process may go on where the first was interrupted
+            self.lock = FileLock(self.folder / "lock", timeout=0, is_singleton=True)
             if RANK == 0:
-                self.lock.acquire(timeout=0)
+                self.lock.acquire()
         except (OSError, Timeout) as error:
             raise InputError(f"--out {self.folder}: cannot be made a folder or written, or another "
                              f"run writes into it ({type(error).__name__}); give another") from None
-
-    def __exit__(self, *error):
-        self.lock.release()
 
     def save(self, model, optimizer=None, **where):
         """Checkpoint: the model, its optimiser, the report and `where` the run stands. The one
@@ -691,21 +651,21 @@ class Run:
                  "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict()}
         write_file(self.folder / "last.pt", lambda tmp: torch.save(state | where, tmp),
                    keep_previous=True)
+        self.resumed = {}
 
-    def log(self, row, images, seconds, total):
+    def log(self, row, images, seconds):
         """An epoch's row {column: value}: into log.csv and printed, with images/s and the minutes
-        left of `total` images."""
+        that the epochs left will take."""
         report = self.report
         report["train_seconds"] += seconds
         report["images"] += images
-        left = (total - report["images"]) * seconds / images
-        row = row | {"img/s": images / seconds, "min left": left / 60}
         report["log"].append(row)
+        left = int(np.sum(self.args.epochs)) - len(report["log"])
+        row |= {"img/s": images / seconds, "min left": left * seconds / 60}
 
         write_csv(self.folder / "log.csv", list(row), [r.values() for r in report["log"]])
-        if row["epoch"] == 1 or not self.headed:
+        if row["epoch"] == 1 or self.resumed:
             print(*(f"{name:>9}" for name in row))
-            self.headed = True
         cells = ["-" if value is None else f"{value:.4g}" for value in row.values()]
         print(*(f"{cell:>9}" for cell in cells), flush=True)
 
