@@ -93,8 +93,7 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
 
     "exp": class c gets int(n_max * imb ** (-c / (K - 1))). "step": the first half of the classes
     gets n_max, the second half n_max / imb. Source: Cao et al., NeurIPS 2019, section 4 (LDAM).
-    Raises ValueError for imb < 1 or another imb_type.
-    """
+    Raises ValueError for imb < 1 or another imb_type."""
     if not imb >= 1:
         raise ValueError(f"imb {imb}: the largest class over the smallest; give at least 1")
     c = np.arange(num_classes)
@@ -122,8 +121,7 @@ def longtail_indices(labels, counts, split_seed=0):
 
     LDAM-DRW's draw: one legacy RandomState shuffles the indices of each class (in dataset order)
     and the first counts[c] are kept. labels: int (N,). Raises ValueError when a class has fewer
-    images than counts asks for.
-    """
+    images than counts asks for."""
     labels = np.asarray(labels)
     rng = np.random.RandomState(split_seed)
     kept = []
@@ -144,8 +142,7 @@ def longtail_multilabel(labels, counts, split_seed=0):
 
     The class with the fewest images becomes the rarest, and so on. From the rarest up, images are
     drawn until the class has its count; no other image of it is then taken for a more frequent
-    class, which may so miss its count. labels: 0/1 N x K; counts: (K,), in any order.
-    """
+    class, which may so miss its count. labels: 0/1 N x K; counts: (K,), in any order."""
     rng = np.random.RandomState(split_seed)
     order = np.argsort(labels.sum(0), kind="stable")  # the rarest class first
     taken = np.zeros(len(labels), bool)
@@ -182,8 +179,7 @@ class ClassSampler:
 
     The draws are systematic (low variance): with one label per image class c comes floor or ceil
     of num_samples * P(c) times, its images as evenly. With P(c) ~ N_c and num_samples = N an
-    epoch is a plain shuffle. Raises ValueError when a class with positive probability is empty.
-    """
+    epoch is a plain shuffle. Raises ValueError when a class with positive probability is empty."""
 
     def __init__(self, labels, class_probs, num_samples, seed, rank=0, world_size=1):
         labels = np.asarray(labels)
@@ -321,8 +317,7 @@ def beside(batches, stream):
 def crop_flip(images, rng, pad):
     """A random crop of the zero-padded image, and a flip with probability one half.
 
-    images: uint8 n x 3 x H x W, any device -> the same shape. rng: numpy Generator.
-    """
+    images: uint8 n x 3 x H x W, any device -> the same shape. rng: numpy Generator."""
     n, _, h, w = images.shape
     top = rng.integers(2 * pad + 1, size=(n, 1))
     left = rng.integers(2 * pad + 1, size=(n, 1))
@@ -365,8 +360,7 @@ def rand_augment(images, rng, group):
     """torchvision's RandAugment (Cubuk et al., CVPR workshops 2020): two operations at a
     magnitude of 0..18 of 30, drawn anew for every `group` images, which are picked at random.
 
-    uint8 n x 3 x H x W, any device -> the same shape. The global generator stays as it is.
-    """
+    uint8 n x 3 x H x W, any device -> the same shape. The global generator stays as it is."""
     out = torch.empty_like(images)
     parts = math.ceil(len(images) / group)
     with torch.random.fork_rng(devices=[]):
@@ -391,8 +385,7 @@ def augment(images, rng, kind="strong", crop=None, group=8):
 
     images: uint8 n x 3 x H x W, any device; rng: numpy Generator. crop: None, or the side of a
     random resized crop, the field's crop for photographs. group: see rand_augment. Returns uint8,
-    n x 3 x H x W or n x 3 x crop x crop.
-    """
+    n x 3 x H x W or n x 3 x crop x crop."""
     if kind == "none":
         return centre_square(images, crop) if crop else images
     if crop:
@@ -457,8 +450,7 @@ def decode(path, place=None):
     place: None for all of it, or a function of the upright (width, height) that returns a box in
     it (left, top, right, bottom) and the (H, W) to which that is brought (bilinear). Of a JPEG the
     decoder then leaves out what would be lost: it halves the sides up to three times, as long as
-    the box keeps at least H x W pixels. Raises InputError for a file that cannot be read.
-    """
+    the box keeps at least H x W pixels. Raises InputError for a file that cannot be read."""
     with reading(path, "replace or remove it"), Image.open(path) as image:
         orientation = image.getexif().get(ORIENTATION)
         turn = TURNS.get(orientation)
@@ -498,8 +490,7 @@ def deep_grey(image):
     """A PIL image of one channel of 16 or 32 bits, or of floats, scaled to 8 bits.
 
     Full scale is 65,535 for 16 bits, 1 for floats up to 2; else the first of 255, 65,535 and
-    2^32 - 1 that holds the brightest pixel. A value that is no number becomes black.
-    """
+    2^32 - 1 that holds the brightest pixel. A value that is no number becomes black."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     scales = [255, 65535, 2**32 - 1]
     if image.mode == "F" and values.max() <= 2:  # a little over 1 is what resizing leaves
@@ -518,8 +509,7 @@ def centre_view(path, size, resize):
     out. path -> uint8 tensor 3 x H x W; size: (H, W).
 
     Of a photograph over ten times as long as wide only the middle is resized: all of it at a
-    usual width would take gigabytes.
-    """
+    usual width would take gigabytes."""
     def place(w, h):
         """The box that is resized, and to how much."""
         short = min(w, h)
@@ -587,13 +577,9 @@ def decoded(paths, picks, view, key=None, workers=0, pin=False):
             for batch in batches:
                 yield torch.stack(list(pool.map(decoder.__getitem__, batch)))
         return
-    loader = torch.utils.data.DataLoader(
-        decoder,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin,
-        generator=torch.Generator(),  # the global one stays as it is
-    )
+    generator = torch.Generator()  # the global one stays as it is
+    loader = torch.utils.data.DataLoader(decoder, batch_sampler=batches, num_workers=workers,
+                                         pin_memory=pin, generator=generator)
     try:
         yield from loader
         return
@@ -621,8 +607,7 @@ class Dataset:
     train, val, test: Split (val may be empty). counts: int array (K,), training images per class.
     source: what was read. size: (H, W), the pixels that the network sees. resize: to how many
     pixels the shorter side of a photograph is brought before its centre is cut out. photographs:
-    whether training crops them at random scales, as photographs are, or shifts them.
-    """
+    whether training crops them at random scales, as photographs are, or shifts them."""
     name: str
     train: Split
     val: Split
@@ -730,8 +715,7 @@ class Loader:
     batch_size: of all processes together, at most the images there are. aug: see augment.
     workers: processes that decode photographs (see decoded); None: as many as cores with a GPU,
     else 0. stats: (mean, std) as channel_stats gives them, which is the default. Raises InputError
-    for a batch that the processes cannot share.
-    """
+    for a batch that the processes cannot share."""
 
     def __init__(self, data, device, batch_size, aug="none", workers=None, stats=None):
         self.data = data
@@ -792,8 +776,7 @@ class Loader:
 
         take(logits, rows) gets the float32 logits T x (1 + views) x n x K that the `networks`
         give a few images, `rows` of the split, and `views` random crop-and-flip views of each, and
-        returns {name: tensor n x ..}. Processes share the work. Raises NotFinite.
-        """
+        returns {name: tensor n x ..}. Processes share the work. Raises NotFinite."""
         for network in networks:
             network.eval()
             if WORLD > 1:  # on CPUs the statistics of BatchNorm differ between processes
@@ -879,17 +862,13 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     """A Dataset with .train .val .test .counts .num_classes .class_names .multi_label.
 
     name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
-    val_* if it has them; two-dimensional labels are 0/1, several per image), a folder with
-    train/CLASS/* and test/ or val/, a folder that `pack` wrote, or a table of labels, .csv or .tsv
-    (columns, a list, and group: see read_table). root: where cifar and listed images are; lists:
-    where published list files are (default: root). skip_missing: leave out listed images that are
-    not there.
-
-    imb: ratio of the largest class to the smallest, or "keep": the data as they are. None is 100
-    for cifar, 60 for synth and "keep" elsewhere. imb_type: exp or step. size: side in pixels to
-    which photographs are brought (224). A dataset without validation images gets those that the
-    long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError.
-    """
+    perhaps val_*; labels N, or 0/1 N x K), a folder with train/CLASS/* and test/ or val/, a folder
+    that `pack` wrote, or a table of labels (columns, group: see read_table). root: where cifar and
+    listed images are; lists: where published list files are (default: root). skip_missing: leave
+    out listed images that are not there. imb: ratio of the largest class to the smallest, or
+    "keep": the data as they are; None: see DEFAULT_IMB. imb_type: exp or step. size: side in
+    pixels to which photographs are brought (224). A dataset without validation images gets those
+    that the long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError."""
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":
         raise InputError("--imb-type step: give the ratio as --imb")
@@ -1114,11 +1093,7 @@ def pack(data, target, size, workers):
             write = partial(save_photographs, paths=split.images, size=size, workers=workers)
         write_file(target / f"{part}_images.npy", write)
         write_file(target / f"{part}_labels.npy", partial(np.save, arr=split.labels))
-    said = {
-        "name": data.recipe,
-        "photographs": data.photographs,
-        "class_names": data.class_names,
-    }
+    said = {"name": data.recipe, "photographs": data.photographs, "class_names": data.class_names}
     write_file(about, lambda tmp: tmp.write_text(json.dumps(said)))
 
 def save_photographs(path, paths, size, workers):
@@ -1171,15 +1146,9 @@ def read_cifar(name, root, lists, split_seed):
 
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe")
 HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin of what systems put beside photographs
-FOLDERS = {  # what a part may be called, in small or capital letters
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+# what a part may be called, in small or capital letters
+FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
+           "validation": "val", "test": "test", "testing": "test"}
 
 def image_files(folder, skipped=None):
     """Paths of the images below a folder, sorted; links are followed. HIDDEN names are ignored,
@@ -1299,10 +1268,10 @@ def draw_parts(labels, units, split_seed):
     return parts
 
 def marks_of(images):
-    """For each of a split's images what the same image has too, and hardly another: of arrays a
+    """For each of a list of images what the same image has too, and hardly another: of arrays a
     row of pixels, of photographs a hash of the file's size and end. So the headers of all
     photographs are opened; raises InputError with the number of those that cannot be read."""
-    if not on_disk(images):
+    if not isinstance(images[0], str):
         return [image[len(image) // 2].tobytes() for image in images]
     bad = []
 
@@ -1315,7 +1284,6 @@ def marks_of(images):
                 return hashlib.sha256(b"%d " % size + file.read()).digest()
         except Exception as error:  # a garbled file fails in a dozen ways
             bad.append(f"{path} ({type(error).__name__})")
-
     marks = []
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(images), 1000):
@@ -1333,14 +1301,14 @@ def warn_of_twins(data):
         return
     files = on_disk(data.train.images)
     same = filecmp.cmp if files else np.array_equal
+    rows = [(part, image) for part in PARTS for image in getattr(data, part).images]
     twins = []
     first = {}
-    for part in PARTS:
-        images = getattr(data, part).images
-        for mark, image in zip(marks_of(images), images):
-            other_part, other = first.setdefault(mark, (part, image))
-            if part != other_part and same(image, other):
-                twins.append(f"{image} is {other}" if files else f"{part} and {other_part}")
+    for row, mark in zip(rows, marks_of([image for _, image in rows])):
+        part, image = row
+        other_part, other = first.setdefault(mark, row)
+        if part != other_part and same(image, other):
+            twins.append(f"{image} is {other}" if files else f"{part} and {other_part}")
     if twins:
         print(f"warning: {len(twins):,} images are in two parts, so figures will be wrong; the "
               f"first: {twins[0]}")
@@ -1498,8 +1466,7 @@ def read_table(path, root, split_seed, columns=None, group=None):
 
     columns: the names of these columns where find_columns cannot tell. A column whose cells are
     train, val and test (or the like: FOLDERS) says the parts; else draw_parts does, and images of
-    one cell of the column `group` (a patient) stay in one part.
-    """
+    one cell of the column `group` (a patient) stay in one part."""
     table = read_columns(path)
     finder = Finder(root)
     image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
@@ -1586,23 +1553,14 @@ def multi_hot(rows, num_classes, source):
 # al., CVPR 2019 (ImageNet-LT, Places-LT); Van Horn et al., CVPR 2018 (iNaturalist 2018, whose
 # validation images are the test set).
 PUBLISHED = {
-    "imagenet_lt": dict(
-        classes=(1000, 1280, 5),
-        train=(["ImageNet_LT_train.txt"], 115846),
-        val=(["ImageNet_LT_val.txt"], 20000),
-        test=(["ImageNet_LT_test.txt"], 50000),
-    ),
-    "places_lt": dict(
-        classes=(365, 4980, 5),
-        train=(["Places_LT_train.txt"], 62500),
-        val=(["Places_LT_val.txt"], 7300),
-        test=(["Places_LT_test.txt"], 36500),
-    ),
-    "inat18": dict(
-        classes=(8142, 1000, 2),
-        train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
-        test=(["iNaturalist18_val.txt", "val2018.json"], 24426),
-    ),
+    "imagenet_lt": dict(classes=(1000, 1280, 5), train=(["ImageNet_LT_train.txt"], 115846),
+                        val=(["ImageNet_LT_val.txt"], 20000),
+                        test=(["ImageNet_LT_test.txt"], 50000)),
+    "places_lt": dict(classes=(365, 4980, 5), train=(["Places_LT_train.txt"], 62500),
+                      val=(["Places_LT_val.txt"], 7300), test=(["Places_LT_test.txt"], 36500)),
+    "inat18": dict(classes=(8142, 1000, 2),
+                   train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
+                   test=(["iNaturalist18_val.txt", "val2018.json"], 24426)),
 }
 
 def read_published(name, root, lists, split_seed):
@@ -1656,10 +1614,8 @@ VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
 
 def read_voc_mlt(root, lists, split_seed):
     """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, tested on VOC 2007 test.
-
     By voc_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and VOC's annotations.
-    Images in torchvision's layout, ROOT/VOCdevkit/VOC2012.
-    """
+    Images in torchvision's layout, ROOT/VOCdevkit/VOC2012."""
     tests = root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt"
     with reading(tests, "unpack VOC 2012 trainval and VOC 2007 test below the data root"):
         test_ids = tests.read_text().split()
@@ -1684,11 +1640,9 @@ def voc_classes(folder, image_id):
 
 def read_coco_mlt(root, lists, split_seed):
     """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, tested on COCO 2017 val.
-
     By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.pkl, which is a text, and
     COCO's annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images
-    without an object are negatives of all classes.
-    """
+    without an object are negatives of all classes."""
     choices = ("coco_mlt_train_labels.txt", "coco_mlt_img_id.txt", "img_id.pkl", "img_id.txt")
     source, train_ids, train_classes = find_list(lists, choices, 1909)
     found, files, names = coco_annotations(root, "val")
@@ -1722,11 +1676,9 @@ def coco_annotations(root, part):
 
 def read_miml(root, lists, split_seed):
     """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels.
-
     In ROOT/miml or ROOT: images/1.jpg .. and labels.csv, or the published `miml data.mat`
     (targets 5 x 2000). There is no official split: 40 % are test and 10 % validation images,
-    drawn by split_seed.
-    """
+    drawn by split_seed."""
     base = root / "miml" if (root / "miml").is_dir() else root
     with reading(base, "put labels.csv or `miml data.mat` there, the photographs into images/"):
         if (base / "labels.csv").is_file():
