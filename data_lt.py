@@ -1245,27 +1245,22 @@ def draw_parts(labels, units, split_seed):
     images for training, classes of one unit all. labels: int (N,); units: N strings; images of one
     unit (a patient, else its own path) are in one part. The order of the draw is that of a hash of
     each unit, so that more images change the parts of hardly any old one."""
-    members = {}
-    for i, unit in enumerate(units):
-        drawn = hashlib.sha256(os.fsencode(f"{split_seed} {unit}")).digest()
-        members.setdefault(drawn, []).append(i)
-    counts = np.bincount(labels).tolist()
-    class_of = labels.tolist()
-    by_class = {}
-    for drawn in sorted(members):  # a unit goes with the rarest of its classes
-        rarest = min((class_of[row] for row in members[drawn]), key=counts.__getitem__)
-        by_class.setdefault(rarest, []).append(members[drawn])
-    parts = np.full(len(labels), "train", dtype=object)
-    for found in by_class.values():
-        n = sum(map(len, found))
+    said = [f"{split_seed} {unit}".encode(errors="surrogateescape") for unit in units]
+    hashes = [hashlib.sha256(text).hexdigest() for text in said]
+    _, unit = np.unique(hashes, return_inverse=True)
+    rarest = np.lexsort((np.bincount(labels)[labels], unit))
+    _, first, sizes = np.unique(unit[rarest], return_index=True, return_counts=True)
+    classes = labels[rarest[first]]  # a unit goes with the rarest of its classes
+    parts = np.full(len(sizes), "train", dtype=object)
+    ends = np.cumsum(np.bincount(classes))
+    for found in np.split(np.argsort(classes, kind="stable"), ends[:-1]):
+        n = sizes[found].sum()
         tests = max(1, n // 5)
         vals = n // 10 if n - tests - n // 10 >= 20 else 0
-        taken = 0
-        for rows in found[:-1]:
-            if taken < tests + vals:
-                parts[rows] = "test" if taken < tests else "val"
-            taken += len(rows)
-    return parts
+        taken = np.cumsum(sizes[found])[:-1] - sizes[found[:-1]]
+        parts[found[:-1][taken < tests + vals]] = "val"
+        parts[found[:-1][taken < tests]] = "test"
+    return parts[unit]
 
 def marks_of(images):
     """For each of a list of images what the same image has too, and hardly another: of arrays a
@@ -1370,15 +1365,16 @@ class Finder:
         self.known = {}  # path below the root, with and without suffix: the path
         for path in image_files(root):
             below = one_form(path[len(str(root)) :].lstrip("/"))
-            for name in (below, os.path.splitext(below)[0]):
+            for name in (below, below[: below.rindex(".")]):
                 self.known[name] = path
-                anywhere = f"*/{name.split('/')[-1]}"  # None where several images have the name
+                anywhere = "*/" + name[name.rfind("/") + 1 :]  # None: several images have the name
                 self.known[anywhere] = path if self.known.get(anywhere, path) == path else None
 
     def find(self, name):
         """The path of an image, by the longest tail of its name that exists; None if none does."""
-        if name in self.known:
-            return self.known[name]
+        found = self.known.get(name) or self.known.get("*/" + name)
+        if found:
+            return found
         parts = one_form(name).replace("\\", "/").split("/")
         parts = [part for part in parts if part not in ("", ".")]
         if len(parts) == 1:
@@ -1397,16 +1393,16 @@ def read_columns(path):
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
-            lines = csv.reader(file, delimiter=max(",;\t", key=first.count))
-            rows = [[cell.strip() for cell in line] for line in lines]
-    names, *rows = filter(any, rows or [[]])
-    if not rows or len(set(names)) < len(names):
-        raise InputError(f"{path}: needs lines below the names of its columns, each another name")
+            rows = list(filter(any, csv.reader(file, delimiter=max(",;\t", key=first.count))))
     for row in rows:
-        if len(row) != len(names):
+        if len(row) != len(rows[0]):
             raise InputError(f"{path}: the line of {row[0]} has {len(row)} cells, not "
-                             f"{len(names)}; put cells that hold a comma into quotes")
-    return dict(zip(names, zip(*rows)))
+                             f"{len(rows[0])}; put cells that hold a comma into quotes")
+    columns = [list(map(str.strip, column)) for column in zip(*rows)]
+    table = {name: cells for name, *cells in columns}
+    if len(rows) < 2 or len(table) < len(columns):
+        raise InputError(f"{path}: needs lines below the names of its columns, each another name")
+    return table
 
 LABEL_COLUMNS = ("label labels class classes category categories target diagnosis dx species tag "
                  "tags class_name label_name finding_labels").split()
