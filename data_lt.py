@@ -375,7 +375,7 @@ def centre_square(images, side):
     """The middle of square images, brought to side x 256 / 224 pixels where they are larger, as
     centre_view does it. uint8 n x 3 x H x H -> uint8 n x 3 x side x side."""
     around = round(side * 256 / 224)
-    if images.shape[-1] > around:
+    if min(images.shape[-2:]) > around:
         images = v2.functional.resize(images, [around])
     return v2.functional.center_crop(images, [side, side])
 
@@ -451,7 +451,10 @@ def decode(path, place=None):
     it (left, top, right, bottom) and the (H, W) to which that is brought (bilinear). Of a JPEG the
     decoder then leaves out what would be lost: it halves the sides up to three times, as long as
     the box keeps at least H x W pixels. Raises InputError for a file that cannot be read."""
-    with reading(path, "replace or remove it"), Image.open(path) as image:
+    # Given a path, Pillow (11.3 to 13.0) garbles uncompressed TIFFs that lie on their side.
+    with reading(path, "replace or remove it"), open(path, "rb") as file, Image.open(file) as image:
+        if image.format == "TIFF":
+            image.load()  # which turns it
         orientation = image.getexif().get(ORIENTATION)
         turn = TURNS.get(orientation)
         w, h = image.size
@@ -728,18 +731,15 @@ class Loader:
         if self.steps < 5:
             print(f"note: {len(data.train)} training images make {self.steps} steps per epoch; a "
                   "smaller --batch-size makes more")
-        mean, std = stats or channel_stats(data.train.images)
-        self.mean = mean.to(device)
-        self.std = std.to(device)
+        stats = stats or channel_stats(data.train.images)
+        self.mean, self.std = (values.to(device) for values in stats)
         self.labels = torch.from_numpy(data.train.labels).to(device)
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if cuda else None
         if workers is None:  # on a CPU processes would take the cores that the training needs
             workers = WORKERS if cuda else 0
-        self.sources = {}
-        for part in PARTS:
-            images = getattr(data, part).images
-            self.sources[part] = Images(data, images, device, aug, workers)
+        self.sources = {part: Images(data, getattr(data, part).images, device, aug, workers)
+                        for part in PARTS}
 
     def draw(self, class_probs, seed, epoch, steps=None):
         """Training images of an epoch (or of `steps` batches) drawn by ClassSampler: this
@@ -864,11 +864,11 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     name: one of READERS, or a path: an .npz (train_images train_labels test_images test_labels,
     perhaps val_*; labels N, or 0/1 N x K), a folder with train/CLASS/* and test/ or val/, a folder
     that `pack` wrote, or a table of labels (columns, group: see read_table). root: where cifar and
-    listed images are; lists: where published list files are (default: root). skip_missing: leave
-    out listed images that are not there. imb: ratio of the largest class to the smallest, or
-    "keep": the data as they are; None: see DEFAULT_IMB. imb_type: exp or step. size: side in
-    pixels to which photographs are brought (224). A dataset without validation images gets those
-    that the long-tailed draw leaves out, at most VAL_PER_CLASS per class. Raises InputError."""
+    listed images are; lists: where published list files are (root). skip_missing: leave out listed
+    images that are not there. imb: ratio of the largest class to the smallest, or "keep": the data
+    as they are; None: see DEFAULT_IMB. imb_type: exp or step. size: side of photographs in pixels
+    (224). A dataset without validation images gets up to VAL_PER_CLASS per class of those that the
+    long-tailed draw leaves out. Raises InputError."""
     imb = DEFAULT_IMB.get(name, "keep") if imb is None else imb
     if imb == "keep" and imb_type == "step":
         raise InputError("--imb-type step: give the ratio as --imb")
@@ -880,7 +880,8 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         raise InputError(f"{source}: has only the class {class_names[0]}; give data of two classes "
                          "or more, a folder as CLASS/* or train/CLASS/* and test/CLASS/*")
     if imb != "keep":
-        splits = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
+        drawn = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
+        splits = splits | {"train": drawn["train"]} if group else drawn  # val would share groups
     train = splits["train"]
     val = splits.get("val", Split(train.images[:0], train.labels[:0]))
     counts = class_counts(train.labels, len(class_names))
@@ -922,8 +923,7 @@ def read_dataset(name, root, lists, split_seed, columns, group):
 
 def image_size(source, images, size, packed):
     """(size, resize, photographs) of a Dataset from its images and --size. packed: whether a pack
-    says that it holds photographs, which it made squares of; other arrays (None) are photographs
-    above 64 pixels. Raises InputError."""
+    holds photographs; other arrays (None) are photographs above 64 pixels. Raises InputError."""
     if on_disk(images):
         side = size or 224
     else:
@@ -965,7 +965,9 @@ def check_arrays(source, arrays):
             rows = np.array(arrays.get(f"{part}_labels", []), np.float64)
             labels[part] = np.atleast_2d(rows.T).T  # N x 1 or N x K; MedMNIST keeps a column
         several = labels["train"].shape[1] > 1
-        found = labels["train"].shape[1] if several else int(labels["train"].max(initial=0)) + 1
+        most, found = labels["train"].shape
+        if not several:  # each class has an image
+            found = min(most, int(labels["train"].max(initial=0))) + 1
         names = [str(name) for name in arrays.get("class_names", range(found))]
     times = Counter(names)
     names = [name if times[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
@@ -980,7 +982,7 @@ def check_arrays(source, arrays):
         if not y.size:
             raise InputError(f"{source}: {part}_labels is absent or empty; there must be images to "
                              "train and test on")
-        pixels = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,))
+        pixels = x.dtype == np.uint8 and x.ndim > 2 and x.size and x.shape[3:] in ((), (3,))
         if not (pixels or on_disk(x)) or x.shape[1:3] != images["train"].shape[1:3]:
             raise InputError(f"{source}: {part}_images is {x.dtype} {x.shape}; store uint8, N x H "
                              "x W x 3 or N x H x W, of one size in all parts")
@@ -997,8 +999,7 @@ def check_arrays(source, arrays):
 # ---------------------------------------------------------------------------------------- readers
 
 def why(error):
-    """The first line of an error's message, or its type where it has none; a line whatever it
-    holds."""
+    """The first line of an error's message, or its type where it has none."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -1017,10 +1018,8 @@ def reading(path, remedy="copy or download it again"):
 
 def write_file(path, write, keep_previous=False):
     """Call write(temporary path) in process 0, then rename the file to `path`: a reader sees the
-    old file or the new one, never half. keep_previous: the old one stays as *.prev.
-
-    Raises InputError when there is no room or no right to write; what was there is then as it was.
-    """
+    old file or the new one, never half. keep_previous: the old one stays as *.prev. Raises
+    InputError where there is no room or no right to write; what was there is then as it was."""
     if RANK:
         return
     path = Path(path).resolve()  # behind a link the file itself
@@ -1066,8 +1065,9 @@ def read_checkpoint(path):
 
 def read_npz(path):
     """The arrays of an .npz as a dict."""
+    known = ("train_", "val_", "test_", "class_names")
     with reading(path), np.load(path) as file:
-        return dict(file)
+        return {key: file[key] for key in file if key.startswith(known)}
 
 def show_progress(what, done, total):
     """A line that is written over until all is done."""
@@ -1082,10 +1082,11 @@ def pack(data, target, size, workers):
     """Freeze a dataset's splits as arrays in a folder that are read memory-mapped (read_packed).
     Photographs become squares of size x size pixels; images in memory stay as they are."""
     target = Path(target)
-    if target.suffix == ".npz" or target.is_dir() and subfolders(target):
-        raise InputError(f"--pack {target}: give a new folder, without .npz and folders of its own")
     about = target / "about.json"  # the mark of a whole pack
-    about.unlink(missing_ok=True)
+    with reading(target, "give a new folder as --pack"):
+        if target.suffix == ".npz" or target.is_dir() and subfolders(target):
+            raise InputError(f"--pack {target}: give a new folder, without .npz and folders in it")
+        about.unlink(missing_ok=True)
     for part in PARTS:
         split = getattr(data, part)
         write = partial(np.save, arr=split.images)
@@ -1151,9 +1152,8 @@ FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
            "validation": "val", "test": "test", "testing": "test"}
 
 def image_files(folder, skipped=None):
-    """Paths of the images below a folder, sorted; links are followed. HIDDEN names are ignored,
-    other files are counted by suffix in the Counter `skipped`. Raises InputError for a folder that
-    cannot be read."""
+    """Paths of the images below a folder, sorted; links are followed, HIDDEN names ignored, other
+    files counted by suffix in the Counter `skipped`. Raises InputError."""
     def refuse(error):
         """What os.walk calls with the error of a folder."""
         raise error
@@ -1227,8 +1227,7 @@ def say_skipped(path, skipped, file=None):
               "them to JPEG or PNG", file=file)
 
 def class_images(place):
-    """{class name: paths of its images} of the folders CLASS/ in a folder. Raises InputError when
-    there are none."""
+    """{class name: paths of its images} of the folders CLASS/ in a folder, one at least."""
     found = {}
     for folder in subfolders(place):
         found.setdefault(one_form(folder), []).extend(image_files(place / folder))
@@ -1263,11 +1262,11 @@ def draw_parts(labels, units, split_seed):
     return parts[unit]
 
 def marks_of(images):
-    """For each of a list of images what the same image has too, and hardly another: of arrays a
-    row of pixels, of photographs a hash of the file's size and end. So the headers of all
+    """For each of a list of images what the same image has too, and hardly another: of arrays
+    rows of pixels, of photographs a hash of the file's size and end. So the headers of all
     photographs are opened; raises InputError with the number of those that cannot be read."""
     if not isinstance(images[0], str):
-        return [image[len(image) // 2].tobytes() for image in images]
+        return [image[:: max(1, len(image) // 8)].tobytes() for image in images]
     bad = []
 
     def mark(path):
@@ -1295,7 +1294,7 @@ def warn_of_twins(data):
     if RANK:
         return
     files = on_disk(data.train.images)
-    same = filecmp.cmp if files else np.array_equal
+    same = partial(filecmp.cmp, shallow=False) if files else np.array_equal
     rows = [(part, image) for part in PARTS for image in getattr(data, part).images]
     twins = []
     first = {}
@@ -1362,13 +1361,13 @@ class Finder:
     a name without folders may be in any folder."""
 
     def __init__(self, root):
-        self.known = {}  # path below the root, with and without suffix: the path
+        self.known = {}  # what is below the root, name: path; None where several have a name
         for path in image_files(root):
             below = one_form(path[len(str(root)) :].lstrip("/"))
-            for name in (below, below[: below.rindex(".")]):
-                self.known[name] = path
-                anywhere = "*/" + name[name.rfind("/") + 1 :]  # None: several images have the name
-                self.known[anywhere] = path if self.known.get(anywhere, path) == path else None
+            last = "*/" + below[below.rfind("/") + 1 :]
+            for name in (below[: below.rfind(".")], last, last[: last.rfind(".")]):
+                self.known[name] = path if self.known.get(name, path) == path else None
+            self.known[below] = path
 
     def find(self, name):
         """The path of an image, by the longest tail of its name that exists; None if none does."""
@@ -1382,7 +1381,8 @@ class Finder:
         for some in (parts, parts[:-2] + parts[-1:]):  # the second without the class folder
             for i in range(len(some)):
                 tail = "/".join(some[i:])
-                found = self.known.get(tail) or self.known.get(os.path.splitext(tail)[0])
+                stem = tail[: tail.rfind(".")] if tail.lower().endswith(IMAGE_SUFFIXES) else tail
+                found = self.known.get(tail) or self.known.get(stem)
                 if found:
                     return found
         return None
@@ -1393,7 +1393,8 @@ def read_columns(path):
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
-            rows = list(filter(any, csv.reader(file, delimiter=max(",;\t", key=first.count))))
+            mark = max(",;\t", key=first.count)
+            rows = list(filter(any, csv.reader(map(one_form, file), delimiter=mark, strict=True)))
     for row in rows:
         if len(row) != len(rows[0]):
             raise InputError(f"{path}: the line of {row[0]} has {len(row)} cells, not "
@@ -1420,17 +1421,18 @@ def find_columns(path, root, table, finder, asked, group):
     for name in asked[:1] or table:
         cells = table[name]
         some = cells[:: max(1, len(cells) // 1000)]
-        found[name] = len({finder.find(cell) for cell in some} - {None})
+        files = {finder.find(cell) for cell in some} - {None}
+        found[name] = len(files), some[0].lower().endswith(IMAGE_SUFFIXES)
     image = max(found, key=found.get)
-    if not found[image]:
+    if not found[image][0]:
         raise InputError(f"{path}: no column names images below {root}; give the folder that "
                          "holds them as --data-root")
     parts = [name for name in table if values[name] <= FOLDERS.keys() and len(values[name]) > 1]
     free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
     marks = [name for name in free if values[name] <= YES_OR_NO]
-    labels = asked[1:] or usual or (marks if len(marks) > 1 else free)
-    if not labels or len(labels) > 1 and not set(labels) <= set(marks):
+    labels = asked[1:] or usual or free
+    if len(labels) != 1 and (labels == usual or not set(labels) <= set(marks)):
         raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
                          "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
     return image, labels, parts[0] if parts else None
@@ -1441,15 +1443,16 @@ def cell_labels(cells):
     mark = next((mark for mark in "|;" if any(mark in cell for cell in cells)), ",")
     split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
     known = set().union(*split.values())
-    if mark == "," and len(known) > len(split):
+    if mark == "," and len(known) >= len(split):
         return [[cell] for cell in cells]
     return [list(filter(None, split[cell])) for cell in cells]
 
 def as_labels(rows):
-    """(class names, labels) of N lists of names: int (N,) where each has one, else 0/1 N x K.
-    Names that are numbers are sorted as such."""
+    """(class names, labels) of N lists of names: int (N,) where each has one, else 0/1 N x K. The
+    names are sorted, as numbers if they are."""
     names = set().union(*rows)
-    names = sorted(names, key=int if all(map(str.isdigit, names)) else str)
+    numbers = all(map(str.isdecimal, names))
+    names = sorted(names, key=lambda name: (int(name) if numbers else 0, name))
     index = {name: c for c, name in enumerate(names)}
     found = [[index[name] for name in row] for row in rows]
     if all(len(row) == 1 for row in found):
@@ -1458,11 +1461,9 @@ def as_labels(rows):
 
 def read_table(path, root, split_seed, columns=None, group=None):
     """A table of labels, a line per image: a column of file names of images below `root` (see
-    Finder) and one of labels (cell_labels), or a column of 0 and 1 per label.
-
-    columns: the names of these columns where find_columns cannot tell. A column whose cells are
-    train, val and test (or the like: FOLDERS) says the parts; else draw_parts does, and images of
-    one cell of the column `group` (a patient) stay in one part."""
+    Finder) and one of labels (cell_labels), or a column of 0 and 1 per label; columns: their names
+    where find_columns cannot tell. A column of train, val and test (or the like: FOLDERS) says the
+    parts; else draw_parts does, and images of one cell of the column `group` stay in one part."""
     table = read_columns(path)
     finder = Finder(root)
     image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
@@ -1471,11 +1472,15 @@ def read_table(path, root, split_seed, columns=None, group=None):
             raise InputError(f"{path}: column {name} has empty cells; fill them in, or remove the "
                              "lines")
     if len(chosen) == 1:
-        said = cell_labels(table[chosen[0]])
+        names, labels = as_labels(cell_labels(table[chosen[0]]))
     else:
         marks = [[cell.lower() in YES for cell in table[name]] for name in chosen]
-        said = [list(compress(chosen, line)) for line in zip(*marks)]
-    names, labels = as_labels(said)
+        names, labels = as_labels([list(compress(chosen, line)) for line in zip(*marks)])
+        unused = [name for name in chosen if name not in names]
+        if unused:
+            print(f"note: {path}: no image is {', '.join(unused)}")
+    if not names:
+        raise InputError(f"{path}: no image has a label in {', '.join(chosen)}; fill them in")
     files = [finder.find(name) or f"{root}/{name}" for name in table[image]]
     files = np.array(files, dtype=object)
     _, first, line = np.unique(files, return_index=True, return_inverse=True)
@@ -1490,7 +1495,7 @@ def read_table(path, root, split_seed, columns=None, group=None):
         classes = np.where(labels, labels.sum(0), len(labels) + 1).argmin(1)
     rows = first[np.argsort(classes[first], kind="stable")]  # in the order of folders
     if split:
-        how = f"parts by {split}"
+        how = f"parts by {split}" + f", not by {group}" * bool(group)
         parts = np.array([FOLDERS[table[split][i].lower()] for i in rows], dtype=object)
     else:  # an image without a group is one of its own
         how = DRAWN.format(split_seed)
@@ -1890,8 +1895,7 @@ def device_name(device):
     return f"cpu, {torch.get_num_threads()} threads"
 
 def note_part(report, device):
-    """Add to report["parts"] what the run computes with from here on, if that is new, and print
-    what has changed."""
+    """Add to report["parts"] what the run computes with from here on; print what has changed."""
     part = {"torch": str(torch.__version__), "device": device_name(device), "git": commit()}
     last = report["parts"][-1] if report["parts"] else part
     changed = [f"{key} was {last[key]}, is {part[key]}" for key in part if last[key] != part[key]]
@@ -2036,7 +2040,7 @@ def run_script(main):
                     "--out) or, where the training has ended, --resume --device cpu")
         elif isinstance(error, RuntimeError):
             raise
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(code)
     finally:
         if dist.is_initialized():

@@ -1981,6 +1981,9 @@ def test_exif_orientations_are_applied(orientation, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
     found = pixels_of(tmp_path / "x.jpg")[..., 0]
     assert np.array_equal(found, ImageOps.exif_transpose(Image.open(tmp_path / "x.jpg")))
+    Image.fromarray(pixels).save(tmp_path / "x.tif", exif=exif)
+    assert pixels_of(tmp_path / "x.tif").shape == (*found.shape, 3)
+    assert np.abs(pixels_of(tmp_path / "x.tif")[..., 0].astype(int) - found).max() < 30, "once"
     tags = b"".join(struct.pack("<HHIi", *tag) for tag in (
         (0x0112, 3, 1, orientation), (0x0100, 9, 1, -5),  # no width is negative
     ))
@@ -2080,7 +2083,11 @@ def test_one_hot_rows_are_noticed_and_images_without_a_label_are_negatives(sever
     loaded(stored(tmp_path, arrays))
     assert "marks exactly one label per image" in printed()
     arrays["train_labels"][10:20] = 0
-    assert loaded(stored(tmp_path, arrays)).counts.sum() == 190
+    without = {key: values for key, values in arrays.items() if not key.startswith("val")}
+    path = stored(tmp_path, without)
+    assert loaded(path).counts.sum() == 190
+    flags = more_flags(path, tmp_path / "run", *"--loss bce --no-more --epochs 1".split())
+    assert more_lt.main(flags)["clean"]["all"] > 0, "without validation images, too"
 
 def test_lists_with_a_byte_order_mark_blanks_and_repeated_lines(tmp_path, printed):
     lines = "my photos/a 1.jpg 0\nb.jpg 1\nb.jpg 1\n"
@@ -2099,7 +2106,7 @@ def test_warm_up_is_at_most_a_tenth_of_the_run(data):
 def test_packs_that_cannot_be_written_or_read_are_one_line(tmp_path, monkeypatch, data):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     for name in ("split.npz", "photos"):
-        with refused("give a new folder, without .npz and folders of its own"):
+        with refused("give a new folder, without .npz and folders in it"):
             data_lt.pack(data, tmp_path / name, 32, 0)
     def full(*args, **kwargs):
         """What a full disk says."""
