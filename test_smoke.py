@@ -2636,6 +2636,31 @@ def test_bad_tables_are_one_line(head, flags, said, lesions, tmp_path):
         read_csv(tmp_path, head, "{},{},{}", below, **flags)
     assert "\n" not in str(caught.value)
 
+def test_tables_that_could_be_misread(tmp_path):
+    files = [f"{i}.jpg" for i in range(12)]
+    for name in (*files, "7.png"):
+        photograph(tmp_path / name)
+    table = tmp_path / "t.csv"
+    def read(head, rows, **flags):
+        """The dataset of a table of these lines."""
+        table.write_text("\n".join([head, *rows]))
+        return loaded(table, tmp_path, **flags)
+    data = read("id,image,label", [f"{11 - i},{f},{'ab'[i % 2]}" for i, f in enumerate(files)])
+    for path, label in zip(data.train.images, data.train.labels):
+        assert label == int(Path(path).stem) % 2, "the number of the line names a file, too"
+    with refused("unexpected end of data"):
+        read("image,label", ['0.jpg,"a', *(f"{f},b" for f in files)])
+    with refused("1 of .* images are not below .*/7 first"):
+        read("image,label", [f"{i},{'ab'[i % 2]}" for i in range(12)])  # 7.jpg or its mask
+    with refused("which of the columns file, breed, neutered, indoor are labels"):
+        read("file,breed,neutered,indoor", [f"{f},{'ab'[i % 2]},0,1" for i, f in enumerate(files)])
+    with refused("no image has a label"):
+        read("image,label", [f"{f},;" for f in files])
+    with refused("needs lines below"):
+        read("", [])
+    rows = [f"{f},{'aab'[i % 3]},{i // 2}" for i, f in enumerate(files)]
+    assert not len(read("image,label,patient", rows, group="patient", imb=2).val), "of one patient"
+
 def test_a_table_has_the_photographs_of_the_folder_in_their_order(zoo, tmp_path):
     lines = ["split,what,file"]
     for path in sorted(zoo.rglob("*.png"), reverse=True):
