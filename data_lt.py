@@ -1072,7 +1072,7 @@ def read_npz(path):
 
 def show_progress(what, done, total):
     """A line that is written over until all is done."""
-    print(f"\r{what}: {done:,} of {total:,}", end="\n" * (done == total), flush=True)
+    print(f"\r{what}: {done:,} of {total:,}", end="\n" if done == total else "", flush=True)
 
 def is_table(path):
     """Whether a path is called like a table of labels."""
