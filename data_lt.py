@@ -12,6 +12,7 @@ counts and leave the global random state alone.
 import argparse
 import csv
 import filecmp
+import gc
 import hashlib
 import json
 import math
@@ -1425,8 +1426,7 @@ def find_columns(path, root, table, finder, asked, group):
         found[name] = len(files), some[0].lower().endswith(IMAGE_SUFFIXES)
     image = max(found, key=found.get)
     if not found[image][0]:
-        raise InputError(f"{path}: no column names images below {root}; give the folder that "
-                         "holds them as --data-root")
+        raise InputError(f"{path}: no column names images below {root}; give their --data-root")
     parts = [name for name in table if values[name] <= FOLDERS.keys() and len(values[name]) > 1]
     free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
@@ -1444,8 +1444,9 @@ def cell_labels(cells):
     split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
     known = set().union(*split.values())
     if mark == "," and len(known) >= len(split):
-        return [[cell] for cell in cells]
-    return [list(filter(None, split[cell])) for cell in cells]
+        split = {cell: [cell] for cell in split}
+    split = {cell: list(filter(None, labels)) for cell, labels in split.items()}
+    return [split[cell] for cell in cells]
 
 def as_labels(rows):
     """(class names, labels) of N lists of names: int (N,) where each has one, else 0/1 N x K. The
@@ -1454,23 +1455,22 @@ def as_labels(rows):
     numbers = all(map(str.isdecimal, names))
     names = sorted(names, key=lambda name: (int(name) if numbers else 0, name))
     index = {name: c for c, name in enumerate(names)}
-    found = [[index[name] for name in row] for row in rows]
-    if all(len(row) == 1 for row in found):
-        return names, np.array(found)[:, 0]
-    return names, multi_hot(found, len(names), "")
+    if all(len(row) == 1 for row in rows):
+        return names, np.array([index[name] for [name] in rows])
+    return names, multi_hot([[index[name] for name in row] for row in rows], len(names), "")
 
 def read_table(path, root, split_seed, columns=None, group=None):
     """A table of labels, a line per image: a column of file names of images below `root` (see
     Finder) and one of labels (cell_labels), or a column of 0 and 1 per label; columns: their names
     where find_columns cannot tell. A column of train, val and test (or the like: FOLDERS) says the
     parts; else draw_parts does, and images of one cell of the column `group` stay in one part."""
+    gc.freeze()  # else Python's collector looks through all of torch again and again
     table = read_columns(path)
     finder = Finder(root)
     image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
     for name in (image, chosen[0]):
         if "" in table[name]:
-            raise InputError(f"{path}: column {name} has empty cells; fill them in, or remove the "
-                             "lines")
+            raise InputError(f"{path}: column {name} has empty cells; fill them in")
     if len(chosen) == 1:
         names, labels = as_labels(cell_labels(table[chosen[0]]))
     else:
