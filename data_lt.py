@@ -905,17 +905,16 @@ def read_dataset(name, root, lists, split_seed, columns, group):
     Arguments: see load_dataset."""
     path = Path(name)
     if not is_table(path) and (columns or group):
-        raise InputError(f"--columns, --group: {name} is no table of labels, .csv or .tsv; leave "
-                         "them out")
+        raise InputError(f"--columns, --group: {name} is no table, .csv or .tsv; leave them out")
     if name in READERS:
         return {"source": root} | READERS[name](root, lists, split_seed)
-    if is_table(path) and path.is_file():
+    if is_table(path) and os.path.isfile(path):  # a name too long is no file, not an error
         found = read_table(path, root, split_seed, columns, group)
     elif path.suffix == ".npz":
         found = read_npz(path)
-    elif (path / "train_images.npy").is_file():
+    elif os.path.isfile(path / "train_images.npy"):
         found = read_packed(path)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         found = read_folder(path, split_seed)
     else:
         raise InputError(f"--dataset {name}: unknown; take {', '.join(READERS)}, an existing .npz, "
@@ -1432,7 +1431,8 @@ def find_columns(path, root, table, finder, asked, group):
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
     marks = [name for name in free if values[name] <= YES_OR_NO]
     labels = asked[1:] or usual or free
-    if len(labels) != 1 and (labels == usual or not set(labels) <= set(marks)):
+    guessed = labels is usual or not labels
+    if len(labels) != 1 and (guessed or not set(labels) <= set(marks)):
         raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
                          "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
     return image, labels, parts[0] if parts else None

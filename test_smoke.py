@@ -2319,6 +2319,7 @@ def bad(tiny, tmp_path_factory):
 
 BOTH_SCRIPTS = [
     ("--dataset cifar1000", "--dataset cifar1000: unknown"),
+    (f"--dataset {'x' * 300}", "xxx: unknown"),
     ("--dataset places_lt --data-root {bad}/lists", "2 of 2 train images are not below"),
     ("--dataset inat18 --data-root {bad}/lists", "its lines are `path class`"),
     ("--dataset {bad}/cut.npz", "cut.npz: cannot be read"),
@@ -2654,6 +2655,13 @@ def test_tables_that_could_be_misread(tmp_path):
         read("image,label", [f"{i},{'ab'[i % 2]}" for i in range(12)])  # 7.jpg or its mask
     with refused("which of the columns file, breed, neutered, indoor are labels"):
         read("file,breed,neutered,indoor", [f"{f},{'ab'[i % 2]},0,1" for i, f in enumerate(files)])
+    with refused("which of the columns image are labels"):
+        read("image", files)
+    rows = [f"{f},{i % 2},{int(i > 5)}" for i, f in enumerate(files)]
+    with refused("which of the columns image, label, target are labels"):
+        read("image,label,target", rows)
+    asked = read("image,label,target", rows, columns=["image", "label", "target"])
+    assert asked.class_names == ["label", "target"]
     with refused("no image has a label"):
         read("image,label", [f"{f},;" for f in files])
     with refused("needs lines below"):
