@@ -18,9 +18,7 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 import unicodedata
@@ -48,7 +46,11 @@ Image.MAX_IMAGE_PIXELS = 2**28  # PIL warns above it, refuses twice as many; pho
 GROUPS = ("many", "medium", "few")
 PARTS = ("train", "val", "test")
 VAL_PER_CLASS = 50  # of the left-out training images, at most so many per class serve as validation
-DEFAULT_IMB = {"cifar10": 100.0, "cifar100": 100.0, "synth": 60.0}  # the others: as they are
+DEFAULT_IMB = {  # the others: as they are
+    "cifar10": 100.0,
+    "cifar100": 100.0,
+    "synth": 60.0,
+}
 
 # This process among those that torchrun started, and the number of them on this machine.
 RANK = int(os.environ.get("RANK", 0))
@@ -63,8 +65,7 @@ def all_sum(tensor):
     return tensor
 
 def find_device(name):
-    """The torch.device of a --device: auto, cpu, cuda, cuda:1; under torchrun each process has a
-    GPU of its own."""
+    """The torch.device of --device: auto, cpu, cuda, cuda:1; with torchrun each process has its."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and name != "cpu":
@@ -100,7 +101,8 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
         raise ValueError(f"imb {imb}: the largest class over the smallest; give at least 1")
     c = np.arange(num_classes)
     if imb_type == "exp":
-        counts = n_max * float(imb) ** (-c / max(num_classes - 1, 1))
+        last = max(num_classes - 1, 1)
+        counts = n_max * float(imb) ** (-c / last)
     elif imb_type == "step":
         counts = np.where(c < num_classes // 2, n_max, n_max / imb)
     else:
@@ -108,8 +110,7 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
     return (counts + 1e-9).astype(np.int64)  # 1e-9: powers that should be whole numbers stay so
 
 def class_groups(counts, many=100, few=20):
-    """Class indices by training images: {"many": over `many`, "few": under `few`, "medium": the
-    others}. counts: (K,)."""
+    """Class indices {"many": over `many` images, "few": under `few`, "medium"}. counts: (K,)."""
     counts = np.asarray(counts)
     return {
         "many": np.flatnonzero(counts > many),
@@ -156,11 +157,11 @@ def longtail_multilabel(labels, counts, split_seed=0):
         taken[candidates[:missing]] = True
         barred |= members
     spare = rng.permutation(np.flatnonzero(~taken))
-    left = np.zeros(len(labels), bool)
+    left = []
     for c in order:
         members = spare[labels[spare, c] == 1]
-        left[members[:VAL_PER_CLASS]] = True
-    return np.flatnonzero(taken), np.flatnonzero(left)
+        left.append(members[:VAL_PER_CLASS])
+    return np.flatnonzero(taken), np.unique(np.concatenate(left))
 
 def class_counts(labels, num_classes):
     """Images per class, int array (K,). labels: int (N,) or 0/1 N x K."""
@@ -187,7 +188,7 @@ class ClassSampler:
         labels = np.asarray(labels)
         probs = np.asarray(class_probs, dtype=np.float64)
         single = labels.ndim == 1
-        counts = np.bincount(labels, minlength=len(probs)) if single else labels.sum(0)
+        counts = class_counts(labels, len(probs))
         empty = np.flatnonzero((counts == 0) & (probs > 0))
         if len(empty):
             raise ValueError(f"class {empty[0]} has probability but no image")
@@ -214,7 +215,8 @@ class ClassSampler:
         step = edges[-1] / self.num_samples
         ticks = (np.arange(self.num_samples) + rng.random()) * step
         found = np.searchsorted(edges, ticks, side="right")
-        picks = order[np.minimum(found, len(order) - 1)]
+        found = found.clip(max=len(order) - 1)
+        picks = order[found]
         rng.shuffle(picks)
         return picks[self.rank::self.world_size]
 
@@ -233,7 +235,8 @@ def group_means(values, groups):
     means = {}
     for name, classes in (groups | {"all": slice(None)}).items():
         members = values[classes]
-        means[name] = None if np.isnan(members).all() else float(np.nanmean(members))
+        members = members[~np.isnan(members)]
+        means[name] = float(members.mean()) if len(members) else None
     return means
 
 def listed(values):
@@ -263,8 +266,7 @@ def expected_calibration_error(confidence, correct, bins=15):
     return float(100 * share)
 
 def likeliest(probs):
-    """The likeliest class of each image and its probability, float64 n x 2: all that top_1 needs
-    of probabilities n x K."""
+    """Likeliest class and its probability, float64 n x 2, of probabilities n x K: for top_1."""
     confidence, predicted = probs.max(1)
     return torch.stack([predicted.double(), confidence.double()], 1)
 
@@ -285,18 +287,18 @@ def top_1(found, split, data):
 
 def table(title, rows, columns=(*GROUPS, "all"), form=".1f"):
     """Lines of an aligned table. rows: {label: {column: number or None}}, "-" for None."""
-    lines = {title: columns}
+    line = "{:46}" + " {:>11}" * len(columns)
+    lines = [line.format(title, *columns)]
     for label, values in rows.items():
         found = [values[column] for column in columns]
-        lines[label] = ["-" if v is None else format(v, form) for v in found]
-    return "\n".join(f"{label:46}" + "".join(f" {cell:>11}" for cell in cells)
-                     for label, cells in lines.items())
+        cells = ["-" if v is None else format(v, form) for v in found]
+        lines.append(line.format(label, *cells))
+    return "\n".join(lines)
 
 # ---------------------------------------------------------------- augmentation, a batch at a time
 
 def to_device(array, device):
-    """A numpy array as a tensor on the device. A GPU fetches it from pinned memory while the host
-    goes on."""
+    """A numpy array as a tensor on the device; a GPU fetches it while the host goes on."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -331,8 +333,8 @@ def crop_flip(images, rng, pad):
     columns = to_device(columns, images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     padded = padded.permute(0, 2, 3, 1)  # n x H x W x 3: channels move together
-    image = torch.arange(n, device=images.device).view(n, 1, 1)
-    crops = padded[image, rows[:, :, None], columns[:, None, :]]
+    image = torch.arange(n, device=images.device)[:, None, None]
+    crops = padded[image, rows[:, :, None], columns[:, None]]
     return crops.permute(0, 3, 1, 2)
 
 def random_resized_crop(images, rng, size):
@@ -341,7 +343,8 @@ def random_resized_crop(images, rng, size):
     A part that would stick out is cut to the image (torchvision draws again)."""
     n = len(images)
     area = rng.uniform(0.08, 1, n)
-    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
+    log_ratio = rng.uniform(math.log(3 / 4), math.log(4 / 3), n)
+    ratio = np.exp(log_ratio)
     w = np.sqrt(area * ratio).clip(max=1)  # shares of the image's sides
     h = np.sqrt(area / ratio).clip(max=1)
     left = rng.random(n) * (1 - w)
@@ -382,14 +385,11 @@ def centre_square(images, side):
     return v2.functional.center_crop(images, [side, side])
 
 def augment(images, rng, kind="strong", crop=None, group=8):
-    """Training augmentation of a whole batch: "none", "basic" (crop, flip) or "strong" (crop,
-    flip, RandAugment).
+    """A whole batch augmented: "basic" (crop, flip) or "strong" (crop, flip, RandAugment).
 
     images: uint8 n x 3 x H x W, any device; rng: numpy Generator. crop: None, or the side of a
     random resized crop, the field's crop for photographs. group: see rand_augment. Returns uint8,
     n x 3 x H x W or n x 3 x crop x crop."""
-    if kind == "none":
-        return centre_square(images, crop) if crop else images
     if crop:
         images = random_resized_crop(images, rng, crop)
     else:
@@ -422,11 +422,15 @@ def channel_stats(images):
         mean = torch.tensor([123.675, 116.28, 103.53])
         return mean, torch.tensor([58.395, 57.12, 57.375])
     channels = images.reshape(-1, 3 if images.ndim == 4 else 1).T
-    share = np.stack([np.bincount(values, minlength=256) / values.size for values in channels])
+    seen = [np.bincount(values, minlength=256) for values in channels]
+    share = np.stack(seen) / channels.shape[1]
     levels = np.arange(256)
     mean = share @ levels
-    std = np.sqrt(share @ levels**2 - mean**2).clip(1.0)
-    return torch.tensor(mean).float().expand(3), torch.tensor(std).float().expand(3)
+    variance = share @ levels**2 - mean**2
+    std = np.sqrt(variance).clip(1.0)
+    stats = torch.tensor(np.stack([mean, std]))
+    mean, std = stats.float().expand(2, 3)
+    return mean, std
 
 # ---------------------------------------------------------------------------- photographs on disk
 
@@ -466,17 +470,19 @@ def decode(path, place=None):
             return upright(image, turn)
         box, size = place(w, h)
         left, top, right, bottom = box
-        spare = min((bottom - top) / size[0], (right - left) / size[1])
-        halvings = min(3, int(math.log2(max(1, spare))))
+        down = (bottom - top) / size[0]
+        across = (right - left) / size[1]
+        spare = max(1, min(down, across))
+        halvings = min(3, int(math.log2(spare)))
         image.draft(None, (image.width >> halvings, image.height >> halvings))
         image = upright(image, turn)
         if image.size == (w, h):
             if box != (0, 0, w, h):
                 image = image.crop(box)
             return v2.functional.resize(image, list(size))
-        shrunk = image.width / w
-        across = image.height / h
-        part = (left * shrunk, top * across, right * shrunk, bottom * across)
+        x = image.width / w
+        y = image.height / h
+        part = (left * x, top * y, right * x, bottom * y)
         return image.resize(size[::-1], Image.Resampling.BILINEAR, part)
 
 def upright(image, turn):
@@ -497,16 +503,19 @@ def deep_grey(image):
     Full scale is 65,535 for 16 bits, 1 for floats up to 2; else the first of 255, 65,535 and
     2^32 - 1 that holds the brightest pixel. A value that is no number becomes black."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    scales = [255, 65535, 2**32 - 1]
-    if image.mode == "F" and values.max() <= 2:  # a little over 1 is what resizing leaves
-        scales = [1]
+    most = values.max()
     if image.mode.startswith("I;16"):
-        scales = [65535]
-    full = next((scale for scale in scales if values.max() <= scale), scales[-1])
-    grey = Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))
+        full = 65535
+    elif image.mode == "F" and most <= 2:  # a little over 1 is what resizing leaves
+        full = 1
+    else:
+        full = min((n for n in (255, 65535) if n >= most), default=2**32 - 1)
+    scaled = (values / full * 255).clip(0, 255).round()
+    grey = Image.fromarray(scaled.astype(np.uint8))
     if "transparency" in image.info:
         opaque = values != image.info["transparency"]
-        grey.putalpha(Image.fromarray(np.uint8(255 * opaque)))
+        opaque = np.uint8(255 * opaque)
+        grey.putalpha(Image.fromarray(opaque))
     return grey
 
 def centre_view(path, size, resize):
@@ -589,7 +598,7 @@ def decoded(paths, picks, view, key=None, workers=0, pin=False):
         yield from loader
         return
     except InputError as error:  # a worker's message comes with its traceback
-        message = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+        message = str(error).strip().rpartition("InputError: ")[2]
         error.with_traceback(None)  # its frames hold the loader; without them its workers end
     raise InputError(message)
 
@@ -673,12 +682,12 @@ class Images:
         self.centre = partial(centre_view, size=data.size, resize=data.resize)
         self.random = partial(random_view, size=data.size)
         if not self.on_disk:
-            large = self.cuda and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
-            self.images = torch.from_numpy(images).to("cpu" if large else device)
+            free = torch.cuda.mem_get_info(device)[0] if self.cuda else math.inf
+            place = device if images.nbytes < 0.6 * free else "cpu"
+            self.images = torch.from_numpy(images).to(place)
 
     def read(self, picks, view, key=None):
-        """uint8 n x 3 x H x W on the device of each index array: a view of photographs on disk,
-        arrays whole."""
+        """uint8 n x 3 x H x W on the device of each index array; of photographs a `view`."""
         if self.on_disk:
             for x in decoded(self.images, picks, view, key, self.workers, self.cuda):
                 yield x.to(self.device, non_blocking=True)
@@ -695,14 +704,15 @@ class Images:
     def clean(self, picks):
         """uint8 n x 3 x H x W of each index array; of photographs the centre."""
         for x in self.read(picks, self.centre):
-            yield augment(x, None, "none", self.crop)
+            yield centre_square(x, self.crop) if self.crop else x
 
     def augmented(self, picks, key):
         """The same, augmented. key: ints that fix the augmentation."""
         if self.aug == "none":
             yield from self.clean(picks)
             return
-        groups = [picks[i : i + self.at_once] for i in range(0, len(picks), self.at_once)]
+        starts = range(0, len(picks), self.at_once)
+        groups = [picks[i : i + self.at_once] for i in starts]
         start = 0
         images = self.read(map(np.concatenate, groups), self.random, [*key, RANK])
         for some, x in zip(groups, images):
@@ -749,16 +759,16 @@ class Loader:
         steps = steps or self.steps
         labels = self.data.train.labels
         if class_probs is None:
-            labels = np.arange(len(labels))
-            class_probs = np.full(len(labels), 1 / len(labels))
+            n = len(labels)
+            labels = np.arange(n)
+            class_probs = np.full(n, 1 / n)
         samples = steps * self.batch_size
         sampler = ClassSampler(labels, class_probs, samples, seed, RANK, WORLD)
         return sampler.set_epoch(epoch).indices().reshape(steps, -1)
 
     def batches(self, picks, key, alpha=0.0):
-        """Training batches (x, [(share, y), ..]) of the index arrays in `picks`: augmented, x
-        normalised float n x 3 x H x W, y (n,) or n x K. alpha: see mixup. key: ints that fix what
-        is random."""
+        """Augmented training batches (x, [(share, y), ..]) of the index arrays `picks`: x float
+        n x 3 x H x W, y (n,) or n x K. alpha: see mixup. key: ints that fix what is random."""
         rng = np.random.default_rng([*key, RANK])
         augmented = self.sources["train"].augmented(picks, key)
         if self.stream:
@@ -788,8 +798,8 @@ class Loader:
         n = len(getattr(self.data, part))
         if not n:
             return {}
-        batch = 2**22 // ((1 + views) * len(networks) * self.data.num_classes)
-        batch = max(1, min(source.batch, batch))  # so that their logits fit memory
+        logits = (1 + views) * len(networks) * self.data.num_classes  # of one image
+        batch = max(1, min(source.batch, 2**22 // logits))
         starts = range(RANK * batch, n, WORLD * batch)
         picks = [np.arange(start, min(start + batch, n)) for start in starts]
         picks = picks or [np.arange(1)]  # a process without a share must know the names, too
@@ -815,7 +825,8 @@ class Loader:
 
     def logits(self, network, images):
         """Logits n x K of uint8 images, a few at a time, as fits caches, and memory."""
-        at_once = max(1, min(256, 2**22 // images[0, 0].numel()))
+        pixels = images[0, 0].numel()
+        at_once = max(1, min(256, 2**22 // pixels))
         found = [network(normalize(x, self.mean, self.std)) for x in images.split(at_once)]
         return torch.cat(found)
 
@@ -831,7 +842,10 @@ def fingerprint(data):
     photographs below their common folder), and of each part hashes of labels and arrays}. Of
     arrays at most some 1,000 images are hashed."""
     splits = {part: getattr(data, part) for part in PARTS}
-    files = [path for split in splits.values() if on_disk(split.images) for path in split.images]
+    files = []
+    for split in splits.values():
+        if on_disk(split.images):
+            files += split.images.tolist()
     root = os.path.commonpath(files) if files else ""
     found = {
         "class_names": data.class_names,
@@ -841,7 +855,8 @@ def fingerprint(data):
     for part, split in splits.items():
         found[part] = [sha256(split.labels)]
         if not files:
-            found[part].append(sha256(split.images[:: max(1, len(split) // 1000)]))
+            every = max(1, len(split) // 1000)
+            found[part].append(sha256(split.images[::every]))
     return found
 
 def sha256(array):
@@ -853,8 +868,8 @@ def check_same_data(data, saved, run):
     found = fingerprint(data)
     differ = [key for key in found if saved.get(key) != found[key]]
     if differ:
-        odd = sorted(set(found["files"]).symmetric_difference(saved.get("files", [])))
-        said = f": {odd[0]} is gone or new" if odd else ""
+        odd = set(found["files"]) ^ set(saved.get("files", []))
+        said = f": {min(odd)} is gone or new" if odd else ""
         raise InputError(f"{run} is of a run on other data, {differ[0]}{said}; put them back as "
                          "they were, or give another --out")
 
@@ -884,19 +899,21 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
         drawn = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
         splits = splits | {"train": drawn["train"]} if group else drawn  # val would share groups
     train = splits["train"]
-    val = splits.get("val", Split(train.images[:0], train.labels[:0]))
+    empty = Split(train.images[:0], train.labels[:0])
+    val = splits.get("val", empty)
     counts = class_counts(train.labels, len(class_names))
     if counts.min() == 0:
         raise InputError(f"{source}: class {class_names[counts.argmin()]} has no training image; "
                          "drop the class (labels count from 0), add images or take a smaller --imb")
-    tests = class_counts(splits["test"].labels, len(class_names))
-    untested = [class_names[c] for c in np.flatnonzero(tests == 0)]
+    test = splits["test"]
+    tests = class_counts(test.labels, len(class_names))
+    untested = list(compress(class_names, tests == 0))
     if untested:
         print(f"warning: {len(untested)} of {len(class_names)} classes have no test image: "
               f"{', '.join(untested[:5])}")
     shown = image_size(source, train.images, size, arrays.get("photographs"))
     name = str(arrays.get("name", name))
-    data = Dataset(name, train, val, splits["test"], counts, class_names, source, *shown)
+    data = Dataset(name, train, val, test, counts, class_names, source, *shown)
     warn_of_twins(data)
     return data
 
@@ -907,7 +924,7 @@ def read_dataset(name, root, lists, split_seed, columns, group):
     if not is_table(path) and (columns or group):
         raise InputError(f"--columns, --group: {name} is no table, .csv or .tsv; leave them out")
     if name in READERS:
-        return {"source": root} | READERS[name](root, lists, split_seed)
+        return {"source": root} | READERS[name](name, root, lists, split_seed)
     if is_table(path) and os.path.isfile(path):  # a name too long is no file, not an error
         found = read_table(path, root, split_seed, columns, group)
     elif path.suffix == ".npz":
@@ -968,9 +985,11 @@ def check_arrays(source, arrays):
         most, found = labels["train"].shape
         if not several:  # each class has an image
             found = min(most, int(labels["train"].max(initial=0))) + 1
-        names = [str(name) for name in arrays.get("class_names", range(found))]
+        names = list(map(str, arrays.get("class_names", range(found))))
     times = Counter(names)
-    names = [name if times[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
+    for c, name in enumerate(names):
+        if times[name] > 1:
+            names[c] = f"{name} ({c})"
     width = len(names) if several else 1
     wanted = f"{width} times 0 or 1" if several else f"a number in 0..{len(names) - 1}"
     splits = {}
@@ -982,15 +1001,18 @@ def check_arrays(source, arrays):
         if not y.size:
             raise InputError(f"{source}: {part}_labels is absent or empty; there must be images to "
                              "train and test on")
-        pixels = x.dtype == np.uint8 and x.ndim > 2 and x.size and x.shape[3:] in ((), (3,))
-        if not (pixels or on_disk(x)) or x.shape[1:3] != images["train"].shape[1:3]:
+        channels = x.shape[3:]
+        pixels = x.dtype == np.uint8 and x.ndim > 2 and x.size and channels in ((), (3,))
+        as_large = x.shape[1:3] == images["train"].shape[1:3]
+        if not (pixels or on_disk(x)) or not as_large:
             raise InputError(f"{source}: {part}_images is {x.dtype} {x.shape}; store uint8, N x H "
                              "x W x 3 or N x H x W, of one size in all parts")
         known = np.isin(y, np.arange(2 if several else len(names)))
         if y.shape != (len(x), width) or not known.all():
-            raise InputError(f"{source}: {part}_labels is {y.shape}, {y.min():g} to {y.max():g}; "
-                             f"store {wanted} for each image")
-        splits[part] = Split(x, y.astype(np.uint8) if several else y[:, 0].astype(np.int64))
+            found = f"{y.shape}, {y.min():g} to {y.max():g}"
+            raise InputError(f"{source}: {part}_labels is {found}; store {wanted} for each image")
+        y = y.astype(np.uint8) if several else y[:, 0].astype(np.int64)
+        splits[part] = Split(x, y)
     if several and (splits["train"].labels.sum(1) == 1).all():
         print(f"note: {source} marks exactly one label per image and is taken as several labels; "
               "to train with one label, store class numbers")
@@ -1051,7 +1073,7 @@ def write_csv(path, head, rows):
 def read_checkpoint(path):
     """What torch.save wrote to `path`, on the CPU, or the one before it (*.prev) if it is damaged
     or gone; {} when there is neither. Raises InputError when none of them can be read."""
-    found = [name for name in (str(path), f"{path}.prev") if os.path.exists(name)]
+    found = list(filter(os.path.exists, (str(path), f"{path}.prev")))
     for name in found:
         try:
             if zipfile.ZipFile(name).testzip():  # torch.load takes a changed byte as it is
@@ -1094,15 +1116,24 @@ def pack(data, target, size, workers):
             write = partial(save_photographs, paths=split.images, size=size, workers=workers)
         write_file(target / f"{part}_images.npy", write)
         write_file(target / f"{part}_labels.npy", partial(np.save, arr=split.labels))
-    said = {"name": data.recipe, "photographs": data.photographs, "class_names": data.class_names}
+    said = {
+        "name": data.recipe,
+        "photographs": data.photographs,
+        "class_names": data.class_names,
+    }
     write_file(about, lambda tmp: tmp.write_text(json.dumps(said)))
 
 def save_photographs(path, paths, size, workers):
     """Photographs as an .npy of squares, batch by batch."""
     n = len(paths)
-    picks = [np.arange(i, min(i + 256, n)) for i in range(0, n, 256)]
+    starts = range(0, n, 256)
+    picks = [np.arange(i, min(i + 256, n)) for i in starts]
     view = partial(centre_view, size=(size, size), resize=size)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
+    header = {
+        "descr": "|u1",
+        "fortran_order": False,
+        "shape": (n, size, size, 3),
+    }
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for rows, x in zip(picks, decoded(paths, picks, view, workers=workers)):
@@ -1111,8 +1142,9 @@ def save_photographs(path, paths, size, workers):
 
 def read_packed(folder):
     """The arrays of a folder that `pack` wrote, images memory-mapped. Raises InputError."""
-    with reading(folder / "about.json", "write the folder again with --pack"):
-        arrays = json.loads((folder / "about.json").read_text())
+    about = folder / "about.json"
+    with reading(about, "write the folder again with --pack"):
+        arrays = json.loads(about.read_text())
         for part in PARTS:
             arrays[f"{part}_labels"] = np.load(folder / f"{part}_labels.npy")
             images = np.load(folder / f"{part}_images.npy", mmap_mode="c")  # copy on write
@@ -1120,8 +1152,7 @@ def read_packed(folder):
     return arrays
 
 def read_cifar(name, root, lists, split_seed):
-    """CIFAR from ROOT/NAME.npz, else through torchvision, which downloads it when its files are
-    absent (process 0 first)."""
+    """CIFAR from ROOT/NAME.npz, else by torchvision, which downloads it where it is absent."""
     file = root / f"{name}.npz"
     if file.exists():
         return {"source": file} | read_npz(file)
@@ -1147,9 +1178,15 @@ def read_cifar(name, root, lists, split_seed):
 
 IMAGE_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe")
 HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin of what systems put beside photographs
-# what a part may be called, in small or capital letters
-FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
-           "validation": "val", "test": "test", "testing": "test"}
+FOLDERS = {  # what a part may be called, in small or capital letters
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 def image_files(folder, skipped=None):
     """Paths of the images below a folder, sorted; links are followed, HIDDEN names ignored, other
@@ -1188,7 +1225,8 @@ def read_folder(path, split_seed):
     parts = [name for name in named if subfolders(path / name)]  # else a class may be called train
     places = {FOLDERS[name.lower()]: path / name for name in parts}
     flat = not parts and len(named) < 2
-    if not flat and not (places.keys() > {"train"} and len(places) == len(parts)):
+    usable = places.keys() > {"train"} and len(places) == len(parts)
+    if not (flat or usable):
         listed = next((p for p in sorted(path.rglob("*")) if is_table(p)), "labels.csv")
         raise InputError(f"{path}: needs one train/CLASS/* and one test/CLASS/* (or val/), not "
                          f"{', '.join(named)}; sort the images into CLASS folders, or read them by "
@@ -1205,9 +1243,13 @@ def read_folder(path, split_seed):
         unknown = by_class.keys() - names
         if unknown:
             raise InputError(f"{places[part]}: train/ lacks its class folder {min(unknown)}")
-        images = [by_class.get(name, []) for name in names]
-        paths = [file for some in images for file in some]
-        files[part] = paths, np.repeat(np.arange(len(names)), list(map(len, images)))
+        paths = []
+        labels = []
+        for c, name in enumerate(names):
+            images = by_class.get(name, [])
+            paths += images
+            labels += [c] * len(images)
+        files[part] = paths, np.array(labels, np.int64)
         unused.difference_update(paths)
     if unused:
         print(f"note: {path}: {len(unused)} images are in no class, {min(unused)} first")
@@ -1222,9 +1264,9 @@ def read_folder(path, split_seed):
 def say_skipped(path, skipped, file=None):
     """Print how many files below `path` were no images, by suffix: a Counter of image_files."""
     if skipped:
-        kinds = ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5))
-        print(f"{path}: {sum(skipped.values())} files skipped ({kinds}); convert photographs among "
-              "them to JPEG or PNG", file=file)
+        kinds = [f"{n} {suffix}" for suffix, n in skipped.most_common(5)]
+        print(f"{path}: {skipped.total()} files skipped ({', '.join(kinds)}); convert photographs "
+              "among them to JPEG or PNG", file=file)
 
 def class_images(place):
     """{class name: paths of its images} of the folders CLASS/ in a folder, one at least."""
@@ -1247,18 +1289,22 @@ def draw_parts(labels, units, split_seed):
     said = [f"{split_seed} {unit}".encode(errors="surrogateescape") for unit in units]
     hashes = [hashlib.sha256(text).hexdigest() for text in said]
     _, unit = np.unique(hashes, return_inverse=True)
-    rarest = np.lexsort((np.bincount(labels)[labels], unit))
+    images = np.bincount(labels)
+    rarest = np.lexsort((images[labels], unit))
     _, first, sizes = np.unique(unit[rarest], return_index=True, return_counts=True)
     classes = labels[rarest[first]]  # a unit goes with the rarest of its classes
     parts = np.full(len(sizes), "train", dtype=object)
-    ends = np.cumsum(np.bincount(classes))
-    for found in np.split(np.argsort(classes, kind="stable"), ends[:-1]):
+    for c in np.unique(classes):
+        found = np.flatnonzero(classes == c)
         n = sizes[found].sum()
         tests = max(1, n // 5)
-        vals = n // 10 if n - tests - n // 10 >= 20 else 0
-        taken = np.cumsum(sizes[found])[:-1] - sizes[found[:-1]]
-        parts[found[:-1][taken < tests + vals]] = "val"
-        parts[found[:-1][taken < tests]] = "test"
+        vals = n // 10
+        if n - tests - vals < 20:
+            vals = 0
+        before = sizes[found].cumsum() - sizes[found]
+        before[-1] = n  # the last unit is for training
+        parts[found[before < tests + vals]] = "val"
+        parts[found[before < tests]] = "test"
     return parts[unit]
 
 def marks_of(images):
@@ -1282,8 +1328,7 @@ def marks_of(images):
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(images), 1000):
             marks += pool.map(mark, images[start : start + 1000])
-            if len(images) > 1000:
-                show_progress("photographs checked", len(marks), len(images))
+            show_progress("photographs checked", len(marks), len(images))
     if bad:
         raise InputError(f"{len(bad):,} of {len(images):,} photographs cannot be read, the first: "
                          f"{min(bad)}; replace or remove them")
@@ -1309,7 +1354,8 @@ def warn_of_twins(data):
 
 def subfolders(place):
     """Names of the folders in a folder, sorted, without HIDDEN ones."""
-    return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN))
+    names = [p.name for p in place.iterdir() if p.is_dir()]
+    return sorted(name for name in names if not name.startswith(HIDDEN))
 
 def one_form(name):
     """A name in one of the forms that Unicode has for letters with accents (NFC)."""
@@ -1332,25 +1378,25 @@ def locate(arrays, root, skip_missing=False):
         if not on_disk(paths):
             continue
         with ThreadPoolExecutor(16) as pool:
-            there = np.array(list(pool.map(os.path.exists, paths)), dtype=bool)
+            there = np.fromiter(pool.map(os.path.exists, paths), bool)
         for i in np.flatnonzero(~there):
             finder = finder or Finder(root)
             found = finder.find(paths[i])
-            if found:
-                paths[i] = found
-                there[i] = True
+            there[i] = found is not None
+            paths[i] = found or paths[i]
         gone = paths[~there]
         if not len(gone):
             continue
-        said = (f"{len(gone):,} of {len(paths):,} {part} images are not below {root}, {gone[0]} "
-                "first")
+        share = f"{len(gone):,} of {len(paths):,} {part} images"
+        said = f"{share} are not below {root}, {gone[0]} first"
         if not skip_missing:
             raise InputError(f"{said}; give the folder that holds them as --data-root, or leave "
                              "them out with --skip-missing")
         names = arrays["class_names"]
         labels = np.asarray(arrays[f"{part}_labels"])
         lost = class_counts(labels[~there], len(names))
-        most = [f"{names[c]} {lost[c]}" for c in np.argsort(-lost)[:5] if lost[c]]
+        worst = np.argsort(-lost)[:5]
+        most = [f"{names[c]} {lost[c]}" for c in worst if lost[c]]
         print(f"warning: {said}; they are left out, by class: {', '.join(most)}")
         arrays[f"{part}_images"] = paths[there]
         arrays[f"{part}_labels"] = labels[there]
@@ -1426,13 +1472,14 @@ def find_columns(path, root, table, finder, asked, group):
     image = max(found, key=found.get)
     if not found[image][0]:
         raise InputError(f"{path}: no column names images below {root}; give their --data-root")
-    parts = [name for name in table if values[name] <= FOLDERS.keys() and len(values[name]) > 1]
+    varied = [name for name in table if len(values[name]) > 1]
+    parts = [name for name in varied if values[name] <= FOLDERS.keys()]
     free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
-    marks = [name for name in free if values[name] <= YES_OR_NO]
     labels = asked[1:] or usual or free
     guessed = labels is usual or not labels
-    if len(labels) != 1 and (guessed or not set(labels) <= set(marks)):
+    marks = all(values[name] <= YES_OR_NO for name in labels)
+    if len(labels) != 1 and (guessed or not marks):
         raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
                          "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
     return image, labels, parts[0] if parts else None
@@ -1440,24 +1487,44 @@ def find_columns(path, root, table, finder, asked, group):
 def cell_labels(cells):
     """The labels in each cell of a column, N lists: of several what stands between | or ;, or
     between commas where that makes fewer labels than cells differ."""
-    mark = next((mark for mark in "|;" if any(mark in cell for cell in cells)), ",")
-    split = {cell: [label.strip() for label in cell.split(mark)] for cell in set(cells)}
+    kinds = set(cells)
+    text = "".join(kinds)
+    mark = next((mark for mark in "|;" if mark in text), ",")
+    split = {}
+    for cell in kinds:
+        labels = map(str.strip, cell.split(mark))
+        split[cell] = list(filter(None, labels))
     known = set().union(*split.values())
-    if mark == "," and len(known) >= len(split):
-        split = {cell: [cell] for cell in split}
-    split = {cell: list(filter(None, labels)) for cell, labels in split.items()}
+    if mark == "," and len(known) >= len(kinds):
+        return [[cell] for cell in cells]
     return [split[cell] for cell in cells]
 
 def as_labels(rows):
     """(class names, labels) of N lists of names: int (N,) where each has one, else 0/1 N x K. The
     names are sorted, as numbers if they are."""
-    names = set().union(*rows)
-    numbers = all(map(str.isdecimal, names))
-    names = sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+    names = sorted(set().union(*rows))
+    if all(map(str.isdecimal, names)):
+        names.sort(key=int)
     index = {name: c for c, name in enumerate(names)}
-    if all(len(row) == 1 for row in rows):
-        return names, np.array([index[name] for [name] in rows])
-    return names, multi_hot([[index[name] for name in row] for row in rows], len(names), "")
+    classes = [[index[name] for name in row] for row in rows]
+    if set(map(len, rows)) == {1}:
+        return names, np.array(classes)[:, 0]
+    return names, multi_hot(classes, len(names), "")
+
+def column_labels(path, table, chosen):
+    """as_labels of the columns `chosen` of a table: one of labels, or several of 0 and 1."""
+    if len(chosen) == 1:
+        names, labels = as_labels(cell_labels(table[chosen[0]]))
+    else:
+        marks = [[cell.lower() in YES for cell in table[name]] for name in chosen]
+        marked = [list(compress(chosen, line)) for line in zip(*marks)]
+        names, labels = as_labels(marked)
+        unused = [name for name in chosen if name not in names]
+        if unused:
+            print(f"note: {path}: no image is {', '.join(unused)}")
+    if not names:
+        raise InputError(f"{path}: no image has a label in {', '.join(chosen)}; fill them in")
+    return names, labels
 
 def read_table(path, root, split_seed, columns=None, group=None):
     """A table of labels, a line per image: a column of file names of images below `root` (see
@@ -1471,18 +1538,9 @@ def read_table(path, root, split_seed, columns=None, group=None):
     for name in (image, chosen[0]):
         if "" in table[name]:
             raise InputError(f"{path}: column {name} has empty cells; fill them in")
-    if len(chosen) == 1:
-        names, labels = as_labels(cell_labels(table[chosen[0]]))
-    else:
-        marks = [[cell.lower() in YES for cell in table[name]] for name in chosen]
-        names, labels = as_labels([list(compress(chosen, line)) for line in zip(*marks)])
-        unused = [name for name in chosen if name not in names]
-        if unused:
-            print(f"note: {path}: no image is {', '.join(unused)}")
-    if not names:
-        raise InputError(f"{path}: no image has a label in {', '.join(chosen)}; fill them in")
-    files = [finder.find(name) or f"{root}/{name}" for name in table[image]]
-    files = np.array(files, dtype=object)
+    names, labels = column_labels(path, table, chosen)
+    named = table[image]
+    files = np.array([finder.find(name) or f"{root}/{name}" for name in named], dtype=object)
     _, first, line = np.unique(files, return_index=True, return_inverse=True)
     odd = np.argwhere(labels != labels[first[line]])
     if len(odd):
@@ -1492,18 +1550,22 @@ def read_table(path, root, split_seed, columns=None, group=None):
         print(f"warning: {path} lists images more than once; each is taken once")
     classes = labels
     if labels.ndim == 2:  # of each image the label that the fewest have
-        classes = np.where(labels, labels.sum(0), len(labels) + 1).argmin(1)
+        images = np.where(labels, labels.sum(0), len(labels) + 1)
+        classes = images.argmin(1)
     rows = first[np.argsort(classes[first], kind="stable")]  # in the order of folders
     if split:
         how = f"parts by {split}" + f", not by {group}" * bool(group)
-        parts = np.array([FOLDERS[table[split][i].lower()] for i in rows], dtype=object)
+        parts = [FOLDERS[cell.lower()] for cell in table[split]]
+        parts = np.array(parts, dtype=object)[rows]
     else:  # an image without a group is one of its own
         how = DRAWN.format(split_seed)
-        units = [group and table[group][i] or table[image][i] for i in rows]
+        units = table[group or image]
+        units = [units[i] or named[i] for i in rows]
         parts = draw_parts(classes[rows], units, split_seed)
     if "test" not in parts:
         parts[parts == "val"] = "test"
-    print(f"{path}: {len(rows):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
+    said = ", ".join(chosen)
+    print(f"{path}: {len(rows):,} images by column {image}, labels by {said}; {how}")
     found = {}
     for part in PARTS:
         some = rows[parts == part]
@@ -1511,14 +1573,14 @@ def read_table(path, root, split_seed, columns=None, group=None):
     return as_arrays(found, names)
 
 def read_list(path):
-    """(paths, class indices of each), two lists, of a file of `path class ..` lines or of
-    iNaturalist's json."""
+    """(paths, lists of class indices) of a file of `path class ..` lines, or iNaturalist's json."""
     with reading(path, "give the folder of the published lists as --lists"):
         if path.suffix == ".json":
             content = json.loads(path.read_text())
             classes = {a["image_id"]: a["category_id"] for a in content["annotations"]}
             images = content["images"]
-            return [i["file_name"] for i in images], [[classes[i["id"]]] for i in images]
+            paths = [i["file_name"] for i in images]
+            return paths, [[classes[i["id"]]] for i in images]
         paths = []
         labels = []
         for line in path.read_text(encoding="utf-8-sig").splitlines():
@@ -1532,7 +1594,8 @@ def read_list(path):
 def find_list(lists, choices, published):
     """(file, its paths, its classes): the first of the files `choices` that is in the folder
     `lists`. Warns when it has not as many images as published."""
-    there = [lists / name for name in choices if (lists / name).is_file()]
+    files = [lists / name for name in choices]
+    there = [file for file in files if file.is_file()]
     if not there:
         raise InputError(f"--lists {lists}: needs {' or '.join(choices)}; put the published list "
                          "there")
@@ -1554,19 +1617,27 @@ def multi_hot(rows, num_classes, source):
 # al., CVPR 2019 (ImageNet-LT, Places-LT); Van Horn et al., CVPR 2018 (iNaturalist 2018, whose
 # validation images are the test set).
 PUBLISHED = {
-    "imagenet_lt": dict(classes=(1000, 1280, 5), train=(["ImageNet_LT_train.txt"], 115846),
-                        val=(["ImageNet_LT_val.txt"], 20000),
-                        test=(["ImageNet_LT_test.txt"], 50000)),
-    "places_lt": dict(classes=(365, 4980, 5), train=(["Places_LT_train.txt"], 62500),
-                      val=(["Places_LT_val.txt"], 7300), test=(["Places_LT_test.txt"], 36500)),
-    "inat18": dict(classes=(8142, 1000, 2),
-                   train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
-                   test=(["iNaturalist18_val.txt", "val2018.json"], 24426)),
+    "imagenet_lt": dict(
+        classes=(1000, 1280, 5),
+        train=(["ImageNet_LT_train.txt"], 115846),
+        val=(["ImageNet_LT_val.txt"], 20000),
+        test=(["ImageNet_LT_test.txt"], 50000),
+    ),
+    "places_lt": dict(
+        classes=(365, 4980, 5),
+        train=(["Places_LT_train.txt"], 62500),
+        val=(["Places_LT_val.txt"], 7300),
+        test=(["Places_LT_test.txt"], 36500),
+    ),
+    "inat18": dict(
+        classes=(8142, 1000, 2),
+        train=(["iNaturalist18_train.txt", "train2018.json"], 437513),
+        test=(["iNaturalist18_val.txt", "val2018.json"], 24426),
+    ),
 }
 
 def read_published(name, root, lists, split_seed):
-    """imagenet_lt, places_lt or inat18 from its list files. Warns when a list has not the published
-    number of images or classes."""
+    """imagenet_lt, places_lt, inat18 by their lists; warns where these are not as published."""
     base = root / name if (root / name).is_dir() else root
     lists = lists / name if (lists / name).is_dir() else lists
     published = PUBLISHED[name].copy()
@@ -1583,15 +1654,15 @@ def read_published(name, root, lists, split_seed):
 
 def published_names(found, paths, labels, published):
     """Class names: those of categories.json or classnames.txt beside the list, or of the list that
-    is a json; else the last folders of the images' paths, as many as tell the classes apart. Warns
-    when the list's classes and their largest and smallest number of images are not as published."""
+    is a json; else the folders of the images without what all have in common. Warns when the
+    classes and their largest and smallest number of images are not as published."""
     counts = np.bincount(labels)
     seen = (len(counts), int(counts.max()), int(counts.min()))
     if seen != published:
         print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
               "fewest images of a class)")
-    of = {label: os.path.dirname(path) for path, label in zip(paths, labels)}
-    folders = [of.get(c) or str(c) for c in range(len(counts))]
+    folders = {label: os.path.dirname(path) for path, label in zip(paths, labels)}
+    common = os.path.commonpath(folders.values())
     known = {}
     with reading(found.parent, "remove categories.json and classnames.txt there"):
         for file in found.parent.glob("classnames.txt"):
@@ -1601,19 +1672,17 @@ def published_names(found, paths, labels, published):
                 listed = json.loads(file.read_text())
                 listed = listed if isinstance(listed, list) else listed.get("categories", [])
                 known |= {str(entry["id"]): entry["name"] for entry in listed}
-    ends = []
-    depth = 0
-    while len(set(ends)) < len(set(folders)):
-        depth += 1
-        ends = ["/".join(folder.split("/")[-depth:]) for folder in folders]
-        if known.keys() >= set(ends):
-            return [known[end] for end in ends]
-    return ends
+    names = []
+    for c in range(len(counts)):
+        folder = folders.get(c, "")
+        name = folder[len(common) :].strip("/") or str(c)
+        names.append(known.get(os.path.basename(name), name))
+    return names
 
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
        "person pottedplant sheep sofa train tvmonitor").split()
 
-def read_voc_mlt(root, lists, split_seed):
+def read_voc_mlt(name, root, lists, split_seed):
     """VOC-MLT (Wu et al., ECCV 2020): 1,142 images of VOC 2012, tested on VOC 2007 test.
     By voc_mlt_train_labels.txt (`id class ..`), or the published img_id.txt and VOC's annotations.
     Images in torchvision's layout, ROOT/VOCdevkit/VOC2012."""
@@ -1628,7 +1697,8 @@ def read_voc_mlt(root, lists, split_seed):
         ("test", root / "VOCdevkit/VOC2007", test_ids, [[]] * len(test_ids)),
     ):
         rows = [classes or voc_classes(kit, i) for i, classes in zip(ids, known)]
-        parts[part] = [f"{kit}/JPEGImages/{i}.jpg" for i in ids], multi_hot(rows, 20, source)
+        paths = [f"{kit}/JPEGImages/{i}.jpg" for i in ids]
+        parts[part] = paths, multi_hot(rows, len(VOC), source)
     return as_arrays(parts, VOC)
 
 def voc_classes(folder, image_id):
@@ -1639,7 +1709,7 @@ def voc_classes(folder, image_id):
         names = {entry.findtext("name") for entry in objects}
         return sorted(VOC.index(name) for name in names)
 
-def read_coco_mlt(root, lists, split_seed):
+def read_coco_mlt(name, root, lists, split_seed):
     """COCO-MLT (Wu et al., ECCV 2020): 1,909 images of COCO 2017 train, tested on COCO 2017 val.
     By coco_mlt_train_labels.txt (`id class ..`), or the published img_id.pkl, which is a text, and
     COCO's annotations; ROOT/train2017, val2017, annotations/instances_val2017.json. Test images
@@ -1675,7 +1745,7 @@ def coco_annotations(root, part):
         files = {i["id"]: i["file_name"] for i in content["images"]}
         return found, files, [c["name"] for c in categories]
 
-def read_miml(root, lists, split_seed):
+def read_miml(name, root, lists, split_seed):
     """MIML natural scenes (Zhou and Zhang, NIPS 2006): 2,000 photographs, 5 labels.
     In ROOT/miml or ROOT: images/1.jpg .. and labels.csv, or the published `miml data.mat`
     (targets 5 x 2000). There is no official split: 40 % are test and 10 % validation images,
@@ -1695,8 +1765,9 @@ def read_miml(root, lists, split_seed):
     n = len(labels)
     paths = np.array([f"{base}/images/{file}" for file in files], dtype=object)
     order = np.random.RandomState(split_seed).permutation(n)
+    drawn = np.split(order, [n * 2 // 5, n // 2])
     parts = {}
-    for part, rows in zip(("test", "val", "train"), np.split(order, [n * 2 // 5, n // 2])):
+    for part, rows in zip(("test", "val", "train"), drawn):
         rows.sort()
         parts[part] = paths[rows], labels[rows]
     return as_arrays(parts, names)
@@ -1705,7 +1776,7 @@ SCENES = ("airport beach bridge buildings castle cityscape clouds frost garden g
           "harbor house lake moon mountain nighttime ocean plants railroad rainbow reflection road "
           "sky snow street sunset temple town valley water waterfall window").split()
 
-def read_nuswide_scene(root, lists, split_seed):
+def read_nuswide_scene(name, root, lists, split_seed):
     """NUS-WIDE-SCENE (Chua et al., CIVR 2009), 33 labels, from its published files in `lists`:
     SCENE/imagelist/Train_imageOutPutFileList.txt, SCENE/groundtruth/Train_Labels_airport.txt ..,
     and the same of Test. Photographs in ROOT/Flickr; those without a scene are left out."""
@@ -1715,10 +1786,11 @@ def read_nuswide_scene(root, lists, split_seed):
             text = (lists / f"SCENE/imagelist/{part}_imageOutPutFileList.txt").read_text()
             files = text.replace("\\", "/").split()
             known = [lists / f"SCENE/groundtruth/{part}_Labels_{scene}.txt" for scene in SCENES]
-            truth = [file.read_text().split() for file in known]
-            labels = np.array(truth, np.int64).reshape(len(SCENES), len(files)).T
-        kept = np.flatnonzero(labels.any(1))
-        parts[part.lower()] = [f"{root}/Flickr/{files[i]}" for i in kept], labels[kept]
+            truth = np.array([file.read_text().split() for file in known], np.int64)
+            labels = truth.reshape(len(SCENES), len(files)).T
+        kept = labels.any(1)
+        paths = [f"{root}/Flickr/{file}" for file in compress(files, kept)]
+        parts[part.lower()] = paths, labels[kept]
     return as_arrays(parts, SCENES)
 
 # The places of synth's classes on the scale of wavelengths, the most frequent class first: the
@@ -1744,7 +1816,7 @@ def draw_ripples(labels, rng):
     images = back + ink * wave + noise
     return images.clip(0, 255).astype(np.uint8)
 
-def read_synth(root, lists, split_seed):
+def read_synth(name, root, lists, split_seed):
     """Ten classes of 24x24 images (draw_ripples), per class 300 for training, of which the
     long-tailed draw keeps a part, 30 for validation and 60 for testing."""
     rng = np.random.default_rng(split_seed)
@@ -1756,12 +1828,12 @@ def read_synth(root, lists, split_seed):
         arrays[f"{part}_images"] = draw_ripples(labels, rng)
     return arrays
 
-READERS = {  # --dataset: reader(root, lists, split_seed) -> arrays
-    "cifar10": partial(read_cifar, "cifar10"),
-    "cifar100": partial(read_cifar, "cifar100"),
-    "imagenet_lt": partial(read_published, "imagenet_lt"),
-    "places_lt": partial(read_published, "places_lt"),
-    "inat18": partial(read_published, "inat18"),
+READERS = {  # --dataset: reader(name, root, lists, split_seed) -> arrays
+    "cifar10": read_cifar,
+    "cifar100": read_cifar,
+    "imagenet_lt": read_published,
+    "places_lt": read_published,
+    "inat18": read_published,
     "voc_mlt": read_voc_mlt,
     "coco_mlt": read_coco_mlt,
     "miml": read_miml,
@@ -1840,21 +1912,20 @@ def add_data_arguments(parser):
         help="side in pixels to which photographs are brought (default 224; of packed ones 7/8)")
 
 def load_from_flags(args):
-    """load_dataset by the flags of add_data_arguments, and a printed table of its images by class
-    group."""
+    """load_dataset by the flags; prints how many images each class group has."""
     if args.imb is None:
         args.imb = DEFAULT_IMB.get(args.dataset)
     data = load_dataset(args.dataset, args.data_root, args.imb, args.split_seed, args.imb_type,
                         args.size, args.lists, args.columns, args.group, args.skip_missing)
     print(f"{data.name} from {data.source}, split seed {args.split_seed}: {data.num_classes} "
           f"classes of {data.counts.max():,} to {data.counts.min():,} training images")
+    counts = {"classes": np.ones(data.num_classes, np.int64)}
+    for part in PARTS:
+        counts[part] = class_counts(getattr(data, part).labels, data.num_classes)
     rows = {}
-    for name, classes in (data.groups | {"all": np.arange(data.num_classes)}).items():
-        rows[name] = {"classes": len(classes)}
-        for part in PARTS:
-            per_class = class_counts(getattr(data, part).labels, data.num_classes)
-            rows[name][part] = int(per_class[classes].sum())
-    print(table("images by class group", rows, ("classes", *PARTS), ",d"), flush=True)
+    for name, classes in (data.groups | {"all": slice(None)}).items():
+        rows[name] = {column: n[classes].sum() for column, n in counts.items()}
+    print(table("images by class group", rows, counts, ",d"), flush=True)
     return data
 
 def add_system_arguments(parser):
@@ -1888,85 +1959,14 @@ def start(args):
             sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device
 
-def device_name(device):
-    """What result.json calls a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
-
-def note_part(report, device):
-    """Add to report["parts"] what the run computes with from here on; print what has changed."""
-    part = {"torch": str(torch.__version__), "device": device_name(device), "git": commit()}
-    last = report["parts"][-1] if report["parts"] else part
-    changed = [f"{key} was {last[key]}, is {part[key]}" for key in part if last[key] != part[key]]
-    if changed:
-        print(f"note: the run goes on otherwise than it began: {'; '.join(changed)}")
-    if changed or not report["parts"]:
-        report["parts"].append({"from epoch": len(report["log"]) + 1} | part)
-
-def commit():
-    """The commit of these files, with a + if they were changed since; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-def stop_unless_finite(loss, model, where, flags="--lr"):
-    """Raise NotFinite, before anything is saved, when the loss or a weight is NaN or infinite."""
-    values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
-    if not torch.stack([loss, *values]).isfinite().all():
-        raise NotFinite(f"the loss became {loss.item()} or a weight infinite in {where}; the last "
-                        f"checkpoint is kept: lower {flags} and start again, or look at the data")
-
 def run_name(method, args):
     """The default --out."""
+    dataset = Path(args.dataset).resolve().stem
     imb = f"_imb{args.imb:g}" if isinstance(args.imb, float) else ""
     arch = args.arch.replace(":", "_")
     paper = "_paper" * (args.recipe == "paper")
-    dataset = Path(args.dataset).resolve().stem
-    return f"runs/{method}_{dataset}{imb}_{arch}{paper}_seed{args.seed}"
-
-def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
-    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
-    `warmup` epochs of rise."""
-    done = epoch + np.arange(steps) / steps
-    shape = np.ones(steps)
-    if schedule == "cosine":
-        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
-    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
-    return (peak * shape * rise).tolist()
-
-def finish(run, method, chosen, saved, loader):
-    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
-    found, and how it was made. Returns the result."""
-    args = run.args
-    report = run.report
-    folder = run.folder
-    result = {
-        "method": method,
-        "metric": "mAP" if loader.data.multi_label else "top-1",
-        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
-        "per_class": chosen["per_class"],
-        "ece": chosen["ece"],
-        "class_names": run.data["class_names"],
-        "counts": run.data["counts"],
-        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
-        "device": device_name(loader.device),
-        "torch": torch.__version__,
-        "git": commit(),
-        "args": vars(args),
-    }
-    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
-        result[key] = getattr(args, key)
-    report.pop("log")  # it is in log.csv
-    result |= report
-    write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
-    write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
-    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
-    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
-    return result
+    name = f"{method}_{dataset}{imb}_{arch}{paper}"
+    return f"runs/{name}_seed{args.seed}"
 
 MAY_CHANGE_ON_RESUME = {"resume", "out", "agg", "device", "dataset", "data_root", "lists",
                         "weights", "views", "workers", "compile"}

@@ -34,12 +34,13 @@ from torch.optim.swa_utils import update_bn
 
 from data_lt import (RANK, WORLD, InputError, Loader, add_data_arguments, add_system_arguments,
                      all_sum, answers, argument_parser, class_groups, either, find_checkpoint,
-                     fingerprint, finish, group_accuracy, group_means, learning_rates, likeliest,
-                     load_from_flags, note_part, number, run_name, run_script, seed_from, several,
-                     show_progress, start, stop_unless_finite, table, top_1, write_csv, write_file)
+                     fingerprint, group_accuracy, group_means, likeliest, load_from_flags, number,
+                     run_name, run_script, seed_from, several, show_progress, start, table, top_1,
+                     write_csv, write_file)
 from models import (PRUNED, Classifier, Network, add_owner_masks, build_model, choose_precision,
-                    classifier_content, clock, keep_stage_rest, memory_format, network_stats,
-                    owned_layers, plain_state, say_share, submodel_state, synchronized)
+                    classifier_content, clock, finish, keep_stage_rest, memory_format,
+                    network_stats, note_part, owned_layers, plain_state, say_share,
+                    stop_unless_finite, submodel_state, synchronized)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
@@ -49,8 +50,15 @@ RECIPES = {
     "cifar10": dict(mixup=0.4),
     # chosen on validation images
     "cifar100": dict(order=["many", "few"], epochs=[150, 50], mixup=0.4),
-    "synth": dict(arch="resnet20", epochs=[12, 5, 5], lr=[0.05, 0.05, 0.05], batch_size=32,
-                  aug="basic", tpd_iters=3, warmup=1),
+    "synth": dict(
+        arch="resnet20",
+        epochs=[12, 5, 5],
+        lr=[0.05, 0.05, 0.05],
+        batch_size=32,
+        aug="basic",
+        tpd_iters=3,
+        warmup=1,
+    ),
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS | dict(gamma=[0.5, 0.6], importance_images=4),
@@ -382,7 +390,12 @@ def cpo(network, t, stage, loader, run):
         stop_unless_finite(loss, model, f"stage {t}, epoch {epoch + 1}")
         seconds = clock(loader.device) - began
         images = loader.steps * loader.batch_size
-        row = {"stage": t, "epoch": epoch + 1, "loss": loss.item() / images, "rate": rates[0]}
+        row = {
+            "stage": t,
+            "epoch": epoch + 1,
+            "loss": loss.item() / images,
+            "rate": rates[0],
+        }
         row |= group_means((100 * correct / drawn).cpu(), loader.data.groups)  # NaN: nothing drawn
         row["val"] = None
         if epoch % 10 == 9 or epoch + 1 == stage.epochs:
@@ -596,7 +609,8 @@ def agreement(p1, p2, lattice):
         """Inner products of the mixtures of a and of b, U x G."""
         return torch.einsum("tuk,suk->uts", a, b).flatten(1) @ pairs
 
-    cosine = inner(p1, p2) / (inner(p1, p1) * inner(p2, p2)).sqrt().clamp_min(1e-12)
+    squares = inner(p1, p1) * inner(p2, p2)
+    cosine = inner(p1, p2) / squares.sqrt().clamp_min(1e-12)
     uneven = (lattice - 1 / lattice.shape[1]).square().sum(1)
     return cosine - 1e-9 * uneven  # ties go to equal weights
 
@@ -787,8 +801,10 @@ def aggregate(networks, kinds, stages, loader, args):
         return kept
     found = loader.sweep(networks, "test", take, args.views, args.seed)
     group = lattice[found["agreement"].sum(0).argmax()].float()
-    parts = found["probs"].split(1024)
-    answered = [likeliest((p.float() * group[:, None]).sum(1)) for p in parts]
+    answered = []
+    for probs in found["probs"].split(1024):
+        mixed = (probs.float() * group[:, None]).sum(1)
+        answered.append(likeliest(mixed))
     found["group"] = torch.cat(answered)
     instance = found["lambda"].cpu().numpy()
     by_group = {}
@@ -859,7 +875,8 @@ def show_report(report):
     rows["model.pt: the product, clean images alone"] = report["clean"]
     print("\n" + table("Mean over the clean image and its views", rows))
     fitted = "fitted on validation images" if report["fitted"] else "not fitted"
-    print(f"weights of the product, {fitted}: {', '.join(f'{w:.2f}' for w in test['product'])}")
+    weights = [f"{w:.2f}" for w in test["product"]]
+    print(f"weights of the product, {fitted}: {', '.join(weights)}")
 
 def main(argv=None):
     """Train, decouple, mix, evaluate: the whole method in the paper's order."""
@@ -877,7 +894,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     start_from = not resumed and (args.weights or args.pretrained)
     model = build_model(args.arch, data.num_classes, start_from, data.size)
-    if args.epochs[0] == 0 and not resumed and not getattr(model, "complete", False):
+    untrained = args.epochs[0] == 0 and not resumed
+    if untrained and not getattr(model, "complete", False):
         raise InputError("--epochs 0: stage 1, which is not trained here, has no last layer for "
                          "these classes; give its run's stage1.pt as --weights")
     add_owner_masks(model, args.prune_classifier)
@@ -900,6 +918,16 @@ def main(argv=None):
     return finish(run, "do", report["aggregations"][args.agg], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
+
+def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
+    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
+    `warmup` epochs of rise."""
+    done = epoch + np.arange(steps) / steps
+    shape = np.ones(steps)
+    if schedule == "cosine":
+        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
+    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
+    return (peak * shape * rise).tolist()
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is

@@ -8,8 +8,11 @@
 
     python models.py runs/NAME/model.pt PHOTO_OR_FOLDER ...    label photographs with it
 """
+import json
 import pickle
 import re
+import shlex
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,9 +26,9 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (IMAGE_SUFFIXES, WORKERS, InputError, argument_parser, centre_view,
-                     find_device, image_files, normalize, reading, run_script, say_skipped, why,
-                     write_csv)
+from data_lt import (GROUPS, IMAGE_SUFFIXES, WORKERS, InputError, NotFinite, argument_parser,
+                     centre_view, find_device, image_files, normalize, reading, run_script,
+                     say_skipped, why, write_csv, write_file)
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
@@ -61,7 +64,10 @@ class ResNetCifar(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         planes = [16] + [16] * n + [32] * n + [64] * n
-        blocks = [BasicBlock(a, b, 1 if a == b else 2) for a, b in zip(planes, planes[1:])]
+        blocks = []
+        for before, after in zip(planes, planes[1:]):
+            stride = 1 if before == after else 2
+            blocks.append(BasicBlock(before, after, stride))
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(64, num_classes)
         for layer in weight_layers(self).values():
@@ -97,7 +103,8 @@ def check_takes(model, arch, size, num_classes):
     """Raise InputError unless the network takes images of `size` (H, W) and gives n x K logits."""
     try:
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, 3, *size)).shape)
+            logits = model.eval()(torch.zeros(2, 3, *size))
+        shape = tuple(logits.shape)
         if shape != (2, num_classes):
             raise ValueError(f"it answers with {shape} instead of {num_classes} logits per image")
     except Exception as error:  # networks refuse a size in a dozen ways
@@ -155,7 +162,9 @@ def network_stats(arch):
     with reading(f"--arch {arch}", TIMM):
         import timm
         config = timm.get_pretrained_cfg(arch.removeprefix("timm:"), allow_unregistered=False)
-    return 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
+    mean = torch.tensor(config.mean)
+    std = torch.tensor(config.std)
+    return 255 * mean, 255 * std
 
 class Ignored:
     """Stands for what a weight file holds beside tensors, so that none of that is made."""
@@ -258,7 +267,9 @@ def below_prefixes(file):
     found = {"": file}
     for name, tensor in file.items():
         for dot in re.finditer(r"\.", name):
-            found.setdefault(name[: dot.end()], {})[name[dot.end() :]] = tensor
+            prefix = name[: dot.end()]
+            rest = name[dot.end() :]
+            found.setdefault(prefix, {})[rest] = tensor
     return found
 
 def renamed(model, state):
@@ -284,7 +295,8 @@ def in_order(networks, body, own):
     found = {}
     for prefix, state in networks.items():
         roots = {key.split(".")[0] for key in state}  # a single one: a longer prefix says more
-        if len(roots) > 1 and len(state) <= len(own) and kinds(state)[: len(body)] == kinds(body):
+        alike = len(state) <= len(own) and kinds(state)[: len(body)] == kinds(body)
+        if alike and len(roots) > 1:
             found[prefix] = dict(zip(body | own, state.values()))
     return found
 
@@ -339,7 +351,8 @@ class Network(nn.Module):
         self.model = model
         self.precision = precision
         self.eager = eager
-        self.format = memory_format(model, next(model.parameters(), torch.zeros(1)).device)
+        first = next(model.parameters(), torch.zeros(1))
+        self.format = memory_format(model, first.device)
 
     def forward(self, x):
         if x.dim() == 4:
@@ -379,6 +392,13 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+def stop_unless_finite(loss, model, where, flags="--lr"):
+    """Raise NotFinite, before anything is saved, when the loss or a weight is NaN or infinite."""
+    values = [v.float().sum() for v in model.state_dict().values() if v.is_floating_point()]
+    if not torch.stack([loss, *values]).isfinite().all():
+        raise NotFinite(f"the loss became {loss.item()} or a weight infinite in {where}; the last "
+                        f"checkpoint is kept: lower {flags} and start again, or look at the data")
 
 # ----------------------------------------------------------- owner masks and nested sub-models (DO)
 
@@ -477,13 +497,15 @@ def add_low_rank(model, ratio=0.1):
         if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
             layers[f"{name}.in_proj"] = (layer, "in_proj_weight")
     weights = [layer._parameters.get(key) for layer, key in layers.values()]
-    if any(w is None for w in weights) or len(set(weights)) < len(weights):
+    shared = len(set(weights)) < len(weights)
+    if shared or any(w is None for w in weights):
         raise ValueError("a weight of the network is shared by two layers or parametrised already, "
                          "so B A cannot be added to it")
     for name, (layer, key) in layers.items():
         weight = getattr(layer, key)
         term = LowRank(weight, ratio)
-        if name not in heads and term.A.numel() + term.B.numel() < weight.numel():
+        added = term.A.numel() + term.B.numel()
+        if name not in heads and added < weight.numel():
             parametrize.register_parametrization(layer, key, term)
     return model
 
@@ -605,6 +627,68 @@ def classifier_content(arch, loader, states, weights, bias):
         "bias": bias.cpu(),
         "networks": [{k: v.cpu() for k, v in state.items()} for state in states],
     }
+
+def device_name(device):
+    """What result.json calls a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+def commit():
+    """The commit of these files, with a + if they were changed since; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+def note_part(report, device):
+    """Add to report["parts"] what the run computes with from here on; print what has changed."""
+    part = {
+        "torch": str(torch.__version__),
+        "device": device_name(device),
+        "git": commit(),
+    }
+    last = report["parts"][-1] if report["parts"] else part
+    changed = []
+    for key, value in part.items():
+        if last[key] != value:
+            changed.append(f"{key} was {last[key]}, is {value}")
+    if changed:
+        print(f"note: the run goes on otherwise than it began: {'; '.join(changed)}")
+    if changed or not report["parts"]:
+        report["parts"].append({"from epoch": len(report["log"]) + 1} | part)
+
+def finish(run, method, chosen, saved, loader):
+    """Write model.pt and result.json: the figures `chosen` that the run reports, all that it
+    found, and how it was made. Returns the result."""
+    args = run.args
+    report = run.report
+    folder = run.folder
+    result = {
+        "method": method,
+        "metric": "mAP" if loader.data.multi_label else "top-1",
+        "acc": {group: chosen[group] for group in (*GROUPS, "all")},
+        "per_class": chosen["per_class"],
+        "ece": chosen["ece"],
+        "class_names": run.data["class_names"],
+        "counts": run.data["counts"],
+        "images_per_second": report["images"] / max(report["train_seconds"], 1e-9),
+        "device": device_name(loader.device),
+        "torch": torch.__version__,
+        "git": commit(),
+        "args": vars(args),
+    }
+    for key in ("dataset", "imb", "arch", "seed", "split_seed", "epochs"):
+        result[key] = getattr(args, key)
+    report.pop("log")  # it is in log.csv
+    result |= report
+    write_file(folder / "model.pt", lambda tmp: torch.save(saved, tmp))
+    write_file(folder / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
+    command = f"python models.py {shlex.quote(str(folder / 'model.pt'))} PHOTOS"
+    print(f"\nresult: {folder}/result.json; label photographs with: {command}")
+    return result
 
 def load_classifier(path):
     """The Classifier in a model.pt, on the CPU and in evaluation mode. Raises InputError."""

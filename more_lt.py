@@ -29,29 +29,50 @@ from torch.nn.utils import parametrize
 
 from data_lt import (GROUPS, RANK, WORLD, InputError, Loader, add_data_arguments,
                      add_system_arguments, all_sum, answers, argument_parser, find_checkpoint,
-                     fingerprint, finish, group_means, learning_rates, listed, load_from_flags,
-                     note_part, number, run_name, run_script, seed_from, start, stop_unless_finite,
-                     table, top_1, write_csv, write_file)
+                     fingerprint, group_means, listed, load_from_flags, number, run_name,
+                     run_script, seed_from, start, table, top_1, write_csv, write_file)
 from models import (Classifier, LowRank, Network, add_low_rank, build_model, choose_precision,
-                    classifier_content, clock, general_only, memory_format, merge_low_rank,
-                    network_stats, plain_state, say_share, synchronized)
+                    classifier_content, clock, finish, general_only, memory_format, merge_low_rank,
+                    network_stats, note_part, plain_state, say_share, stop_unless_finite,
+                    synchronized)
 
 # ------------------------------------------------------------------------------ recipes and flags
 
 # Defaults by dataset. Every value is a flag.
 PHOTOGRAPHS = dict(arch="resnet50", batch_size=256)
-MULTI_LABEL = dict(arch="resnet50", epochs=80, optimizer="adamw", lr=0.02, low_rank_rate=0.1,
-                   batch_size=32, pretrained=1, warmup=0)
+MULTI_LABEL = dict(
+    arch="resnet50",
+    pretrained=1,
+    epochs=80,
+    optimizer="adamw",
+    lr=0.02,  # of SGD
+    low_rank_rate=0.1,
+    batch_size=32,
+    warmup=0,
+)
 RECIPES = {
     "cifar10": dict(mixup=0.4),
     "cifar100": dict(mixup=0.4),
-    "synth": dict(arch="resnet20", epochs=14, lr=0.05, batch_size=32, aug="basic", warmup=1),
+    "synth": dict(
+        arch="resnet20",
+        epochs=14,
+        lr=0.05,
+        batch_size=32,
+        aug="basic",
+        warmup=1,
+    ),
     "imagenet_lt": PHOTOGRAPHS,
     "places_lt": PHOTOGRAPHS | dict(arch="resnet152", pretrained=1),
     "inat18": PHOTOGRAPHS,
     # fine-tuning; the rate was chosen on validation images of Caltech-101
-    "folder": PHOTOGRAPHS | dict(pretrained=1, epochs=14, lr=0.01, adamw_lr=1e-4, warmup=1,
-                                 batch_size=64),
+    "folder": PHOTOGRAPHS | dict(
+        pretrained=1,
+        epochs=14,
+        lr=0.01,
+        adamw_lr=1e-4,
+        warmup=1,
+        batch_size=64,
+    ),
     "voc_mlt": MULTI_LABEL,
     "coco_mlt": MULTI_LABEL,
     "miml": MULTI_LABEL,
@@ -431,7 +452,11 @@ def fit(network, loader, run):
         stop_unless_finite(loss + more, model, f"epoch {epoch + 1}", "--lr or --amplitude")
         seconds = clock(loader.device) - began
         images = steps * loader.batch_size
-        row = {"epoch": epoch + 1, "loss": loss.item() / images, "rate": rates[0]}
+        row = {
+            "epoch": epoch + 1,
+            "loss": loss.item() / images,
+            "rate": rates[0],
+        }
         row |= group_means((100 * correct / drawn).cpu(), data.groups)  # NaN: nothing drawn
         due = epoch % 10 == 9 or epoch + 1 == epochs
         row["val"] = tested(network, "val", loader)["val"]["all"] if due else None
@@ -588,6 +613,16 @@ def main(argv=None):
     return finish(run, method, report["results"]["test"], saved, loader)
 
 # -------------------------------- Running: the same in both scripts, skip this on a first reading
+
+def learning_rates(peak, epoch, epochs, steps, schedule="cosine", warmup=0):
+    """The rates of an epoch's steps, a list: a cosine from `peak` to 0, or constant, after
+    `warmup` epochs of rise."""
+    done = epoch + np.arange(steps) / steps
+    shape = np.ones(steps)
+    if schedule == "cosine":
+        shape = 0.5 + 0.5 * np.cos(math.pi * done / epochs)
+    rise = np.minimum(1, (done + 1 / steps) / warmup) if warmup else 1
+    return (peak * shape * rise).tolist()
 
 def prepare(model, loader, run):
     """The Network, on the device and ready to train, with the checkpoint's weights if the run is

@@ -33,10 +33,10 @@ from torchvision.datasets.folder import default_loader
 
 import do_lt
 import more_lt
-from data_lt import (Dataset, Loader, Split, centre_view, commit, decode, load_dataset,
-                     rand_augment, random_view, start)
+from data_lt import (Dataset, Loader, Split, centre_view, decode, load_dataset, rand_augment,
+                     random_view, start)
 from models import (Network, ResNetCifar, add_low_rank, add_owner_masks, build_model,
-                    choose_precision, clock, merge_low_rank, network_stats, owned_layers)
+                    choose_precision, clock, commit, merge_low_rank, network_stats, owned_layers)
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 AMX = "amx_bf16" in CPU
