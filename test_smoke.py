@@ -2902,12 +2902,12 @@ def test_what_needs_a_gpu_is_rehearsed_on_the_cpu(tmp_path, monkeypatch, capsys,
     """`make gpu`, tiny, the bench too; without CUDA and the switch it is one line and code 2."""
     monkeypatch.syspath_prepend(str(HERE / ".ci"))
     import gpu
-    flags = f"--out {tmp_path} --rehearse --only agreement+ResNet-32+torchrun"
+    flags = f"--out {tmp_path} --rehearse --only agreement+half+ResNet-32+torchrun"
     with pytest.raises(SystemExit, match="0"):
         gpu.main(flags.split())
     said = printed()
     parts = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(parts) == 3
+    assert len(parts) == 4
     assert all(part["ok"] for part in parts.values()), said
     assert json.loads((tmp_path / "bench_resnet32.json").read_text())["rates"]["loop"] > 0
     assert "MISSED" in said

@@ -10,6 +10,7 @@ OUT/gpu.json holds the parts, {name: {"ok", "seconds", ..}}; OUT/NAME.json are r
 ready for .ci/results.
 """
 import argparse
+import copy
 import csv
 import json
 import os
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from data_lt import beside
-from models import build_model
+from models import Classifier, build_model
 
 GOALS = {"ResNet-32, images/s": 100_000, "ResNet-50 at 224 px, images/s": 2_500,
          "DO's whole recipe, s": 60}
@@ -49,6 +50,30 @@ def agreement(device):
     gaps = [(a - b).norm() / a.norm().clamp_min(1e-12) for a, b in zip(*found)]
     largest = float(torch.stack(gaps).max())  # NaN if one is
     return {"ok": largest < 0.01, "relative difference": f"{largest:.1e}"}
+
+
+def lower_precision(device):
+    """How far a classifier's probabilities in half precision and bf16 are from those in fp32."""
+    torch.manual_seed(0)
+    classifier = Classifier({
+        "arch": "resnet20",
+        "class_names": list("abc"),
+        "size": [32, 32],
+        "resize": 37,
+        "multi_label": False,
+        "networks": [build_model("resnet20", 3).state_dict()],
+        "weights": torch.full((1,), 0.01),  # so that no probability is 1
+        "bias": torch.zeros(3),
+        "mean": torch.full((3,), 127.5),
+        "std": torch.full((3,), 64.0),
+    }).requires_grad_(False).to(device)
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, device=device)
+    exact = classifier(images).exp()
+    gaps = {}
+    for dtype in (torch.half, torch.bfloat16):
+        found = copy.deepcopy(classifier).to(dtype)(images)
+        gaps[str(dtype)] = float((found.exp().float() - exact).abs().max())
+    return {"ok": max(gaps.values()) < 0.05, **gaps}
 
 
 def stream_of_its_own(device):
@@ -209,6 +234,7 @@ class Session:
         seeds = (0,) if self.args.rehearse else (0, 1, 2)
         self.part("smoke", self.smoke)
         self.part("agreement of CPU and device, fp32", agreement, self.device)
+        self.part("a classifier in half and bf16", lower_precision, self.device)
         if not self.args.rehearse:
             self.part("a stream of its own", stream_of_its_own, self.device)
         for seed in seeds:
