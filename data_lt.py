@@ -65,7 +65,7 @@ def all_sum(tensor):
     return tensor
 
 def find_device(name):
-    """The torch.device of --device: auto, cpu, cuda, cuda:1; with torchrun each process has its."""
+    """The torch.device of --device: auto, cpu, cuda, cuda:1; under torchrun a GPU per process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and name != "cpu":
@@ -110,7 +110,7 @@ def longtail_counts(num_classes, n_max, imb, imb_type="exp"):
     return (counts + 1e-9).astype(np.int64)  # 1e-9: powers that should be whole numbers stay so
 
 def class_groups(counts, many=100, few=20):
-    """Class indices {"many": over `many` images, "few": under `few`, "medium"}. counts: (K,)."""
+    """Classes {"many": over `many` images, "few": under `few`, "medium": others}. counts: (K,)."""
     counts = np.asarray(counts)
     return {
         "many": np.flatnonzero(counts > many),
@@ -152,7 +152,7 @@ def longtail_multilabel(labels, counts, split_seed=0):
     barred = np.zeros(len(labels), bool)
     for c, n in zip(order, np.sort(counts)):
         members = labels[:, c] == 1
-        missing = max(0, n - int((members & taken).sum()))
+        missing = max(0, n - (members & taken).sum())
         candidates = rng.permutation(np.flatnonzero(members & ~taken & ~barred))
         taken[candidates[:missing]] = True
         barred |= members
@@ -390,6 +390,8 @@ def augment(images, rng, kind="strong", crop=None, group=8):
     images: uint8 n x 3 x H x W, any device; rng: numpy Generator. crop: None, or the side of a
     random resized crop, the field's crop for photographs. group: see rand_augment. Returns uint8,
     n x 3 x H x W or n x 3 x crop x crop."""
+    if kind not in ("basic", "strong"):
+        raise ValueError(f"kind {kind}: unknown; take basic or strong")
     if crop:
         images = random_resized_crop(images, rng, crop)
     else:
@@ -428,8 +430,7 @@ def channel_stats(images):
     mean = share @ levels
     variance = share @ levels**2 - mean**2
     std = np.sqrt(variance).clip(1.0)
-    stats = torch.tensor(np.stack([mean, std]))
-    mean, std = stats.float().expand(2, 3)
+    mean, std = (torch.tensor(values).float().expand(3).clone() for values in (mean, std))
     return mean, std
 
 # ---------------------------------------------------------------------------- photographs on disk
@@ -683,7 +684,7 @@ class Images:
         self.random = partial(random_view, size=data.size)
         if not self.on_disk:
             free = torch.cuda.mem_get_info(device)[0] if self.cuda else math.inf
-            place = device if images.nbytes < 0.6 * free else "cpu"
+            place = device if images.nbytes <= 0.6 * free else "cpu"
             self.images = torch.from_numpy(images).to(place)
 
     def read(self, picks, view, key=None):
@@ -727,7 +728,7 @@ class Images:
 class Loader:
     """Batches of a Dataset on a device.
 
-    batch_size: of all processes together, at most the images there are. aug: see augment.
+    batch_size: of all processes together, at most the images there are. aug: none, or augment's.
     workers: processes that decode photographs (see decoded); None: as many as cores with a GPU,
     else 0. stats: (mean, std) as channel_stats gives them, which is the default. Raises InputError
     for a batch that the processes cannot share."""
@@ -798,8 +799,8 @@ class Loader:
         n = len(getattr(self.data, part))
         if not n:
             return {}
-        logits = (1 + views) * len(networks) * self.data.num_classes  # of one image
-        batch = max(1, min(source.batch, 2**22 // logits))
+        per_image = (1 + views) * len(networks) * self.data.num_classes
+        batch = max(1, min(source.batch, 2**22 // per_image))  # so that its logits fit memory
         starts = range(RANK * batch, n, WORLD * batch)
         picks = [np.arange(start, min(start + batch, n)) for start in starts]
         picks = picks or [np.arange(1)]  # a process without a share must know the names, too
@@ -832,9 +833,7 @@ class Loader:
 
     def answers(self, network, part):
         """The `answers` of a network to a split's clean images, N x 2."""
-        def take(logits, rows):
-            """The likeliest classes."""
-            return {"found": answers(logits[0, 0])}
+        take = lambda logits, rows: {"found": answers(logits[0, 0])}
         return self.sweep([network], part, take).get("found")
 
 def fingerprint(data):
@@ -892,24 +891,25 @@ def load_dataset(name, root="data", imb=None, split_seed=0, imb_type="exp", size
     source = str(arrays["source"])
     locate(arrays, Path(arrays.get("base", root)), skip_missing)
     splits, class_names = check_arrays(source, arrays)
-    if len(class_names) == 1 and splits["train"].labels.ndim == 1:
+    K = len(class_names)
+    if K == 1 and splits["train"].labels.ndim == 1:
         raise InputError(f"{source}: has only the class {class_names[0]}; give data of two classes "
                          "or more, a folder as CLASS/* or train/CLASS/* and test/CLASS/*")
     if imb != "keep":
-        drawn = longtailed(source, splits, len(class_names), imb, imb_type, split_seed)
+        drawn = longtailed(source, splits, K, imb, imb_type, split_seed)
         splits = splits | {"train": drawn["train"]} if group else drawn  # val would share groups
     train = splits["train"]
     empty = Split(train.images[:0], train.labels[:0])
     val = splits.get("val", empty)
-    counts = class_counts(train.labels, len(class_names))
+    counts = class_counts(train.labels, K)
     if counts.min() == 0:
         raise InputError(f"{source}: class {class_names[counts.argmin()]} has no training image; "
                          "drop the class (labels count from 0), add images or take a smaller --imb")
     test = splits["test"]
-    tests = class_counts(test.labels, len(class_names))
+    tests = class_counts(test.labels, K)
     untested = list(compress(class_names, tests == 0))
     if untested:
-        print(f"warning: {len(untested)} of {len(class_names)} classes have no test image: "
+        print(f"warning: {len(untested)} of {K} classes have no test image: "
               f"{', '.join(untested[:5])}")
     shown = image_size(source, train.images, size, arrays.get("photographs"))
     name = str(arrays.get("name", name))
@@ -961,7 +961,7 @@ def longtailed(source, splits, num_classes, imb, imb_type, split_seed):
     train = splits["train"]
     draw = longtail_multilabel if train.labels.ndim == 2 else longtail_indices
     try:  # a file may hold each class only as far as some split needs it, but its largest whole
-        n_max = int(class_counts(train.labels, num_classes).max())
+        n_max = class_counts(train.labels, num_classes).max()
         counts = longtail_counts(num_classes, n_max, imb, imb_type)
         kept, left = draw(train.labels, counts, split_seed)
     except ValueError as error:
@@ -1003,8 +1003,8 @@ def check_arrays(source, arrays):
                              "train and test on")
         channels = x.shape[3:]
         pixels = x.dtype == np.uint8 and x.ndim > 2 and x.size and channels in ((), (3,))
-        as_large = x.shape[1:3] == images["train"].shape[1:3]
-        if not (pixels or on_disk(x)) or not as_large:
+        one_size = x.shape[1:3] == images["train"].shape[1:3]
+        if not (pixels or on_disk(x)) or not one_size:
             raise InputError(f"{source}: {part}_images is {x.dtype} {x.shape}; store uint8, N x H "
                              "x W x 3 or N x H x W, of one size in all parts")
         known = np.isin(y, np.arange(2 if several else len(names)))
@@ -1227,7 +1227,7 @@ def read_folder(path, split_seed):
     flat = not parts and len(named) < 2
     usable = places.keys() > {"train"} and len(places) == len(parts)
     if not (flat or usable):
-        listed = next((p for p in sorted(path.rglob("*")) if is_table(p)), "labels.csv")
+        listed = next(filter(is_table, sorted(path.rglob("*"))), "labels.csv")
         raise InputError(f"{path}: needs one train/CLASS/* and one test/CLASS/* (or val/), not "
                          f"{', '.join(named)}; sort the images into CLASS folders, or read them by "
                          f"a table of labels: --dataset {listed} --data-root {path}")
@@ -1308,11 +1308,11 @@ def draw_parts(labels, units, split_seed):
     return parts[unit]
 
 def marks_of(images):
-    """For each of a list of images what the same image has too, and hardly another: of arrays
-    rows of pixels, of photographs a hash of the file's size and end. So the headers of all
+    """For each of a list of images what the same image has too, and hardly another: a hash, of
+    arrays of every eighth row, of photographs of the file's size and end. So the headers of all
     photographs are opened; raises InputError with the number of those that cannot be read."""
     if not isinstance(images[0], str):
-        return [image[:: max(1, len(image) // 8)].tobytes() for image in images]
+        return [hash(image[::8].tobytes()) for image in images]
     bad = []
 
     def mark(path):
@@ -1420,8 +1420,7 @@ class Finder:
         found = self.known.get(name) or self.known.get("*/" + name)
         if found:
             return found
-        parts = one_form(name).replace("\\", "/").split("/")
-        parts = [part for part in parts if part not in ("", ".")]
+        parts = os.path.normpath(one_form(name).replace("\\", "/")).strip("/").split("/")
         if len(parts) == 1:
             parts = ["*", *parts]
         for some in (parts, parts[:-2] + parts[-1:]):  # the second without the class folder
@@ -1485,8 +1484,8 @@ def find_columns(path, root, table, finder, asked, group):
     return image, labels, parts[0] if parts else None
 
 def cell_labels(cells):
-    """The labels in each cell of a column, N lists: of several what stands between | or ;, or
-    between commas where that makes fewer labels than cells differ."""
+    """The labels in each cell of a column without empty ones, N lists: what stands between | or ;,
+    or between commas where that makes fewer labels than cells differ."""
     kinds = set(cells)
     text = "".join(kinds)
     mark = next((mark for mark in "|;" if mark in text), ",")
@@ -1661,8 +1660,9 @@ def published_names(found, paths, labels, published):
     if seen != published:
         print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
               "fewest images of a class)")
-    folders = {label: os.path.dirname(path) for path, label in zip(paths, labels)}
-    common = os.path.commonpath(folders.values())
+    last = dict(zip(labels, paths))
+    folders = {c: os.path.normpath(path).split("/")[:-1] for c, path in last.items()}
+    common = len(os.path.commonprefix(list(folders.values())))
     known = {}
     with reading(found.parent, "remove categories.json and classnames.txt there"):
         for file in found.parent.glob("classnames.txt"):
@@ -1674,8 +1674,7 @@ def published_names(found, paths, labels, published):
                 known |= {str(entry["id"]): entry["name"] for entry in listed}
     names = []
     for c in range(len(counts)):
-        folder = folders.get(c, "")
-        name = folder[len(common) :].strip("/") or str(c)
+        name = "/".join(folders.get(c, [])[common:]) or str(c)
         names.append(known.get(os.path.basename(name), name))
     return names
 

@@ -542,7 +542,7 @@ def merge_low_rank(model):
                     layer._parameters[other] = layer._parameters.pop(other)  # the weight is first
     return model
 
-# ---------------------------------------------------------------------- what a run leaves: model.pt
+# --------------------------------------------------------- what a run leaves: model.pt, result.json
 
 class Experts(nn.Module):
     """Normalised images n x 3 x H x W -> log-probabilities n x K, by one or several networks.

@@ -2711,6 +2711,8 @@ def test_classes_of_lists_have_names_of_their_own(tmp_path):
     labels = np.array(labels)[:, 0]
     names = lambda: data_lt.published_names(tmp_path / "list.txt", paths, labels, (3, 2, 2))
     assert names() == folders
+    paths = [f"./{path}" for path in paths]
+    assert names() == folders
     (tmp_path / "classnames.txt").write_text("outdoor the outdoors\nindoor a room\n")
     assert names()[2] == "a room"
     paths = [f"train/{c}/{i}.jpg" for c in range(3) for i in range(2)]
@@ -2972,7 +2974,7 @@ def test_readme_snippets_run_on_what_either_script_leaves(do_run, more_run, tmp_
     pytest.importorskip("onnxscript")
     model = tmp_path / "runs" / "demo_do" / "model.pt"
     saved = torch.load(model, weights_only=True)  # of its networks one: exporting takes long
-    one = {"networks": saved["networks"][:1], "weights": saved["weights"][:1]}
+    one = {"networks": saved["networks"][:1], "weights": saved["weights"][:1].clone()}
     torch.save(saved | one, model)
     exec(compile(whole, "README.md", "exec"), {})
     classifier = load_classifier(model)
