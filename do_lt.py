@@ -802,7 +802,7 @@ def aggregate(networks, kinds, stages, loader, args):
     found = loader.sweep(networks, "test", take, args.views, args.seed)
     group = lattice[found["agreement"].sum(0).argmax()].float()
     answered = []
-    for probs in found["probs"].split(1024):
+    for probs in found["probs"].split(64):
         mixed = (probs.float() * group[:, None]).sum(1)
         answered.append(likeliest(mixed))
     found["group"] = torch.cat(answered)
