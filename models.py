@@ -30,7 +30,13 @@ from data_lt import (GROUPS, IMAGE_SUFFIXES, WORKERS, InputError, NotFinite, arg
                      centre_view, find_device, image_files, normalize, reading, run_script,
                      say_skipped, why, write_csv, write_file)
 
-CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+CIFAR_DEPTHS = {  # blocks in each of the three groups
+    "resnet20": 3,
+    "resnet32": 5,
+    "resnet44": 7,
+    "resnet56": 9,
+    "resnet110": 18,
+}
 PRUNED = 255  # owner of a weight that is zero until the next stage begins
 
 # --------------------------------------------------------------------------------------- networks
