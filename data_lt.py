@@ -389,7 +389,7 @@ def augment(images, rng, kind="strong", crop=None, group=8):
 
     images: uint8 n x 3 x H x W, any device; rng: numpy Generator. crop: None, or the side of a
     random resized crop, the field's crop for photographs. group: see rand_augment. Returns uint8,
-    n x 3 x H x W or n x 3 x crop x crop."""
+    n x 3 x H x W or n x 3 x crop x crop. Raises ValueError for another kind."""
     if kind not in ("basic", "strong"):
         raise ValueError(f"kind {kind}: unknown; take basic or strong")
     if crop:
@@ -1660,8 +1660,8 @@ def published_names(found, paths, labels, published):
     if seen != published:
         print(f"warning: {found} has {seen}, the published one {published} (classes, most and "
               "fewest images of a class)")
-    last = dict(zip(labels, paths))
-    folders = {c: os.path.normpath(path).split("/")[:-1] for c, path in last.items()}
+    example = dict(zip(labels, paths))  # a path of each class
+    folders = {c: os.path.normpath(path).split("/")[:-1] for c, path in example.items()}
     common = len(os.path.commonprefix(list(folders.values())))
     known = {}
     with reading(found.parent, "remove categories.json and classnames.txt there"):

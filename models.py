@@ -30,7 +30,7 @@ from data_lt import (GROUPS, IMAGE_SUFFIXES, WORKERS, InputError, NotFinite, arg
                      centre_view, find_device, image_files, normalize, reading, run_script,
                      say_skipped, why, write_csv, write_file)
 
-CIFAR_DEPTHS = {  # blocks in each of the three groups
+CIFAR_DEPTHS = {  # blocks of each of the three widths
     "resnet20": 3,
     "resnet32": 5,
     "resnet44": 7,

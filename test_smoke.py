@@ -416,6 +416,8 @@ def test_augmentation_takes_its_randomness_from_the_given_generator_alone(kind, 
     assert (a.shape, a.dtype) == (pixels.shape, torch.uint8)
     changed = (a != pixels).flatten(1).any(1).sum()
     assert changed >= 60
+    with pytest.raises(ValueError, match="kind none: unknown"):
+        data_lt.augment(pixels, None, "none")
     assert np.array_equal(np.random.get_state()[1], state[0])
     assert torch.equal(torch.get_rng_state(), state[1])
 
