@@ -423,8 +423,9 @@ def report(args, what, rate, ratios, device, about):
     names = [line.split(":")[1].strip() for line in CPU.splitlines()
              if line.startswith("model name")]
     kind = torch.cuda.get_device_name() if device.type == "cuda" else (names or ["cpu"])[0]
+    memory = ", the Makefile's glibc settings" if "MALLOC_MMAP_MAX_" in os.environ else ""
     note = (f"{kind}, {torch.get_num_threads()} threads, AMX {'yes' if AMX else 'no'}, torch "
-            f"{torch.__version__}")
+            f"{torch.__version__}{memory}")
     print(f"{what}; {note}")
     for name, value in rate.items():
         print(f"  {name:30}{value:12,.1f} images/s")
