@@ -132,8 +132,8 @@ def longtail_indices(labels, counts, split_seed=0):
     for c, n in enumerate(counts):
         members = np.flatnonzero(labels == c)
         if len(members) < n:
-            raise ValueError(f"class {c} has {len(members)} images, the split needs {n}: "
-                             "take another imb")
+            raise ValueError(f"class {c} has {len(members)} images, the split needs {n}: take imb "
+                             "keep, unless the first class is the largest, the last the smallest")
         rng.shuffle(members)
         kept.append(members[:n])
         left.append(members[n:][:VAL_PER_CLASS])
@@ -459,7 +459,7 @@ def decode(path, place=None):
     decoder then leaves out what would be lost: it halves the sides up to three times, as long as
     the box keeps at least H x W pixels. Raises InputError for a file that cannot be read."""
     # Given a path, Pillow (11.3 to 13.0) garbles uncompressed TIFFs that lie on their side.
-    with reading(path, "replace or remove it"), open(path, "rb") as file, Image.open(file) as image:
+    with reading(path, "put a good one there"), open(path, "rb") as file, Image.open(file) as image:
         if image.format == "TIFF":
             image.load()  # which turns it
         orientation = image.getexif().get(ORIENTATION)
@@ -987,9 +987,7 @@ def check_arrays(source, arrays):
             found = min(most, int(labels["train"].max(initial=0))) + 1
         names = list(map(str, arrays.get("class_names", range(found))))
     times = Counter(names)
-    for c, name in enumerate(names):
-        if times[name] > 1:
-            names[c] = f"{name} ({c})"
+    names = [name if times[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
     width = len(names) if several else 1
     wanted = f"{width} times 0 or 1" if several else f"a number in 0..{len(names) - 1}"
     splits = {}
@@ -1183,7 +1181,9 @@ FOLDERS = {  # what a part may be called, in small or capital letters
     "training": "train",
     "val": "val",
     "valid": "val",
+    "validate": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
     "testing": "test",
 }
@@ -1197,7 +1197,7 @@ def image_files(folder, skipped=None):
 
     found = []
     known = set(map(str, Path(folder).resolve().parents))  # to these a link would lead in circles
-    with reading(folder, "make all folders in it readable"):
+    with reading(folder, "give a folder of images (--data-root, --dataset), all in it readable"):
         for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
             here = os.path.realpath(parent)
             if here in known:
@@ -1221,16 +1221,17 @@ def read_folder(path, split_seed):
     skipped = Counter()
     unused = set(image_files(path, skipped))
     say_skipped(path, skipped)
-    named = [name for name in subfolders(path) if name.lower() in FOLDERS]
-    parts = [name for name in named if subfolders(path / name)]  # else a class may be called train
+    inside = subfolders(path)
+    parts = [name for name in inside if name.lower() in FOLDERS and subfolders(path / name)]
     places = {FOLDERS[name.lower()]: path / name for name in parts}
-    flat = not parts and len(named) < 2
+    words = re.split(r"[\W_]+", " ".join(inside).lower())
+    flat = not parts and len(FOLDERS.keys() & words) < 2  # one class may be called train
     usable = places.keys() > {"train"} and len(places) == len(parts)
     if not (flat or usable):
-        listed = next(filter(is_table, sorted(path.rglob("*"))), "labels.csv")
         raise InputError(f"{path}: needs one train/CLASS/* and one test/CLASS/* (or val/), not "
-                         f"{', '.join(named)}; sort the images into CLASS folders, or read them by "
-                         f"a table of labels: --dataset {listed} --data-root {path}")
+                         f"{', '.join(inside)}; sort them into CLASS folders, split train/ alone "
+                         f"(--dataset {path}/train), or take a table: --dataset labels.csv "
+                         f"--data-root {path}")
     if flat:
         places = {"train": path}
     elif "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
@@ -1354,8 +1355,8 @@ def warn_of_twins(data):
 
 def subfolders(place):
     """Names of the folders in a folder, sorted, without HIDDEN ones."""
-    names = [p.name for p in place.iterdir() if p.is_dir()]
-    return sorted(name for name in names if not name.startswith(HIDDEN))
+    folders = filter(os.path.isdir, place.iterdir())
+    return sorted(p.name for p in folders if not p.name.startswith(HIDDEN))
 
 def one_form(name):
     """A name in one of the forms that Unicode has for letters with accents (NFC)."""
@@ -1387,8 +1388,7 @@ def locate(arrays, root, skip_missing=False):
         gone = paths[~there]
         if not len(gone):
             continue
-        share = f"{len(gone):,} of {len(paths):,} {part} images"
-        said = f"{share} are not below {root}, {gone[0]} first"
+        said = f"{len(gone):,} of {len(paths):,} {part} images are not below {root}, as {gone[0]}"
         if not skip_missing:
             raise InputError(f"{said}; give the folder that holds them as --data-root, or leave "
                              "them out with --skip-missing")
@@ -1407,12 +1407,14 @@ class Finder:
     a name without folders may be in any folder."""
 
     def __init__(self, root):
-        self.known = {}  # what is below the root, name: path; None where several have a name
+        self.known = {}  # what is below the root, name: path; None where files that differ have it
         for path in image_files(root):
             below = one_form(path[len(str(root)) :].lstrip("/"))
-            last = "*/" + below[below.rfind("/") + 1 :]
+            last = "*/" + os.path.basename(below)
             for name in (below[: below.rfind(".")], last, last[: last.rfind(".")]):
-                self.known[name] = path if self.known.get(name, path) == path else None
+                other = self.known.setdefault(name, path)
+                if other not in (None, path) and not filecmp.cmp(other, path, shallow=False):
+                    self.known[name] = None
             self.known[below] = path
 
     def find(self, name):
@@ -1469,10 +1471,10 @@ def find_columns(path, root, table, finder, asked, group):
         files = {finder.find(cell) for cell in some} - {None}
         found[name] = len(files), some[0].lower().endswith(IMAGE_SUFFIXES)
     image = max(found, key=found.get)
-    if not found[image][0]:
-        raise InputError(f"{path}: no column names images below {root}; give their --data-root")
-    varied = [name for name in table if len(values[name]) > 1]
-    parts = [name for name in varied if values[name] <= FOLDERS.keys()]
+    if not found[image][0] or image.lower().endswith(IMAGE_SUFFIXES):
+        raise InputError(f"{path}: no column names images below {root}, a file each; give their "
+                         "--data-root, and the names of the columns in the first line")
+    parts = [name for name in table if len(values[name] & FOLDERS.keys()) > 1]
     free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
     labels = asked[1:] or usual or free
@@ -1480,7 +1482,7 @@ def find_columns(path, root, table, finder, asked, group):
     marks = all(values[name] <= YES_OR_NO for name in labels)
     if len(labels) != 1 and (guessed or not marks):
         raise InputError(f"{path}: which of the columns {', '.join(table)} are labels? give "
-                         "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of columns of 0 and 1)")
+                         "--columns FILE,LABEL (or FILE,LABEL,LABEL .. of cells of only 0 and 1)")
     return image, labels, parts[0] if parts else None
 
 def cell_labels(cells):
@@ -1536,7 +1538,7 @@ def read_table(path, root, split_seed, columns=None, group=None):
     image, chosen, split = find_columns(path, root, table, finder, columns or [], group)
     for name in (image, chosen[0]):
         if "" in table[name]:
-            raise InputError(f"{path}: column {name} has empty cells; fill them in")
+            raise InputError(f"{path}: column {name} has empty cells; fill in or drop the lines")
     names, labels = column_labels(path, table, chosen)
     named = table[image]
     files = np.array([finder.find(name) or f"{root}/{name}" for name in named], dtype=object)
@@ -1549,12 +1551,12 @@ def read_table(path, root, split_seed, columns=None, group=None):
         print(f"warning: {path} lists images more than once; each is taken once")
     classes = labels
     if labels.ndim == 2:  # of each image the label that the fewest have
-        images = np.where(labels, labels.sum(0), len(labels) + 1)
-        classes = images.argmin(1)
+        classes = np.where(labels, labels.sum(0), len(labels) + 1).argmin(1)
     rows = first[np.argsort(classes[first], kind="stable")]  # in the order of folders
     if split:
         how = f"parts by {split}" + f", not by {group}" * bool(group)
-        parts = [FOLDERS[cell.lower()] for cell in table[split]]
+        with reading(path, f"write train, val or test into each cell of {split}, or drop it"):
+            parts = [FOLDERS[cell.lower()] for cell in table[split]]
         parts = np.array(parts, dtype=object)[rows]
     else:  # an image without a group is one of its own
         how = DRAWN.format(split_seed)
@@ -1563,8 +1565,7 @@ def read_table(path, root, split_seed, columns=None, group=None):
         parts = draw_parts(classes[rows], units, split_seed)
     if "test" not in parts:
         parts[parts == "val"] = "test"
-    said = ", ".join(chosen)
-    print(f"{path}: {len(rows):,} images by column {image}, labels by {said}; {how}")
+    print(f"{path}: {len(rows):,} images by column {image}, labels by {', '.join(chosen)}; {how}")
     found = {}
     for part in PARTS:
         some = rows[parts == part]
@@ -1876,7 +1877,7 @@ def several(kind):
     """A flag's type: a list of what the type `kind` reads, with commas between."""
     def read(text):
         """The list that the text says."""
-        return [kind(part) for part in text.split(",")]
+        return [kind(part.strip()) for part in text.split(",")]
     read.__name__ = f"{kind.__name__} list"
     return read
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrize
 
-from data_lt import (GROUPS, IMAGE_SUFFIXES, WORKERS, InputError, NotFinite, argument_parser,
+from data_lt import (GROUPS, WORKERS, InputError, NotFinite, argument_parser,
                      centre_view, find_device, image_files, normalize, reading, run_script,
                      say_skipped, why, write_csv, write_file)
 
@@ -124,7 +124,8 @@ def torchvision_model(arch, num_classes, download):
     known = torchvision.models.list_models(
         module=torchvision.models,
         include="*resne*" if download else None,
-        exclude=["googlenet", "inception_v3"],  # these have several outputs
+        # of several outputs; mnasnet's weights need more than tensors
+        exclude=["googlenet", "inception_v3", "mnasnet*"],
     )
     if arch not in known:
         raise InputError(f"--arch {arch}: unknown, or without weights to download; take resnet50, "
@@ -205,8 +206,9 @@ def read_weights(path):
             raise
         raise InputError(
             f"{path}: holds {found[1] or found[2]}, and loading that may run code; if you trust "
-            f"the file, keep its tensors alone: state = torch.load({str(path)!r}, "
-            "weights_only=False)['state_dict']; torch.save(state, 'weights.pt')") from None
+            f"the file, keep its tensors alone: x = torch.load({str(path)!r}, weights_only=False); "
+            "torch.save(x['state_dict'] if isinstance(x, dict) else x.state_dict(), 'weights.pt')"
+        ) from None
 
 # In no prediction: counters of BatchNorm and of a profiler, and what hides a part of an image.
 UNUSED = ("num_batches_tracked", "total_ops", "total_params", "mask_token")
@@ -254,7 +256,8 @@ def load_weights(model, path):
             there, here = (list(some[odd[0]].shape) if odd[0] in some else "absent"
                            for some in (state, own))
             raise InputError(f"--weights {path}: is of another network: {odd[0]} is {there} there, "
-                             f"{here} in this network; give the --arch that it was trained with")
+                             f"{here} in this network; give the --arch that it was trained with, "
+                             "or a file without what is no part of the network")
         lacking = misfits(own, state)
         fits = {key: state[key] for key in own if key not in lacking}
         for key, value in fits.items():
@@ -293,7 +296,8 @@ def misfits(own, state):
 def in_order(networks, body, own):
     """Those of the networks {prefix: state} whose tensors have the body's shapes in the same order
     and end in the same words (weight, bias ..), with at most a last layer after them, as {prefix:
-    state under the network's own names}."""
+    state under the network's own names}. Of prefixes within each other the outermost, which may
+    have the last layer."""
     def kinds(state):
         """The last words of the names, and the shapes."""
         return [(key.split(".")[-1], value.shape) for key, value in state.items()]
@@ -302,7 +306,7 @@ def in_order(networks, body, own):
     for prefix, state in networks.items():
         roots = {key.split(".")[0] for key in state}  # a single one: a longer prefix says more
         alike = len(state) <= len(own) and kinds(state)[: len(body)] == kinds(body)
-        if alike and len(roots) > 1:
+        if alike and len(roots) > 1 and not prefix.startswith(tuple(found)):
             found[prefix] = dict(zip(body | own, state.values()))
     return found
 
@@ -567,7 +571,8 @@ class Experts(nn.Module):
 
     def forward(self, x):
         if self.multi_label:
-            return F.logsigmoid(self.networks[0](x))
+            # logsigmoid; as such ONNX's runtimes would round it to -inf below -18
+            return -F.softplus(-self.networks[0](x))
         total = self.bias
         for weight, network in zip(self.weights, self.networks):
             total = total + weight * network(x).log_softmax(1)
@@ -746,9 +751,10 @@ def main(argv=None):
     parser.add_argument("--csv", metavar="FILE", help="write the rows into a file as well")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args(argv)
-    if args.csv and args.csv.lower().endswith((*IMAGE_SUFFIXES, ".pt")):
-        raise InputError(f"--csv {args.csv}: is called like a photograph or a model and would be "
-                         "overwritten; give a .csv")
+    old = Path(args.csv or "")
+    if old.is_file() and not old.read_bytes().startswith(b"file,class,probability"):
+        raise InputError(f"--csv {args.csv}: there is a file of this name that holds something "
+                         "else; give another name")
     classifier = load_classifier(args.model).to(find_device(args.device))
     found = []
     for path in args.photos:

@@ -683,7 +683,7 @@ def test_what_cannot_be_labelled_is_said(more_run, tmp_path, capsys, printed):
     bad.write_bytes(b"no photograph")
     (tmp_path / "empty").mkdir()
     printed()
-    with refused("called like a photograph"):
+    with refused("there is a file of this name"):
         models.main([str(model), "--csv", str(bad), str(bad)])
     with refused("new cannot be written"):
         models.main([str(model), str(folder), "--csv", str(folder)])
@@ -1619,7 +1619,7 @@ def test_lists_find_their_images_or_say_which_are_absent(tmp_path, printed):
     assert "lists 4 images; the published one has 62,500" in said
     assert "has (2, 2, 2), the published one (365, 4980, 5) (classes, most and" in said
     (tmp_path / "images" / "train" / "a" / "2.jpg").unlink()
-    with refused(r"1 of 4 train images .*a/2.jpg first.*--data-root"):
+    with refused(r"1 of 4 train images .*a/2.jpg;.*--data-root"):
         load_dataset("places_lt", tmp_path / "images", lists=tmp_path)
     with refused("--lists .*: needs iNaturalist18_train.txt or train2018"):
         load_dataset("inat18", tmp_path)
@@ -1731,7 +1731,7 @@ def test_listed_photographs_that_are_gone(tmp_path, printed):
     kept = [path.read_bytes() for path in gone]
     for path in gone:
         path.unlink()
-    said = "1 of 8 train images are not below .*2.jpg first.* with --skip-missing"
+    said = "1 of 8 train images are not below .*, as .*2.jpg;.* with --skip-missing"
     for resume in ([], ["--resume"]):
         with refused(said):
             more_lt.main([*flags, *resume])
@@ -1830,7 +1830,7 @@ def test_any_number_of_processes_decodes_the_same_batches(workers, tmp_path, rng
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, again))
     assert not torch.equal(batches[0][0], next(one.batches(groups, [2]))[0])
     (tmp_path / "3.png").write_bytes(b"no photograph")
-    with refused(r"^[^\n]*3.png: cannot be read [^\n]*; replace or remo"):
+    with refused(r"^[^\n]*3.png: cannot be read [^\n]*; put a good one"):
         list(other.sources["test"].clean([np.arange(6)]))
     assert not multiprocessing.active_children()
 
@@ -1882,9 +1882,11 @@ def test_parts_have_their_usual_names(tmp_path):
     assert len(data.test) == 6
     with refused("has only the class photos; give data of two classes"):
         loaded(tmp_path)
-    fill(tmp_path / "photos" / "test" / "cat", 1)
-    with refused("not Testing, Training, test; sort"):
-        loaded(tmp_path / "photos")
+    for place in ("photos/test", "intel/seg_train", "intel/seg_test"):
+        fill(tmp_path / place / "cat", 1)
+    for name, said in (("photos", "Testing, Training, test"), ("intel", "seg_test, seg_train")):
+        with refused(f"not {said}; sort"):
+            loaded(tmp_path / name)
     for vehicle in ("bus", "train"):
         fill(tmp_path / "vehicles" / vehicle, 3)
     assert loaded(tmp_path / "vehicles", size=16).class_names == ["bus", "train"]
@@ -1894,7 +1896,7 @@ def test_what_a_folder_holds_beside_its_classes_is_said(tmp_path, printed):
     for part, name in (("train", "a"), ("train", "b"), ("valid", "a"), ("test", "a")):
         fill(root / part / name, 3)
     (root / "test" / "b").mkdir()  # allowed: a class without test images
-    fill(root / "dev" / "a", 1)
+    fill(root / "more" / "a", 1)
     fill(root / "train", 2)
     for folder in ("@eaDir", ".ipynb_checkpoints"):  # what a NAS or a notebook puts there
         fill(root / "train" / "a" / folder, 1)
@@ -1912,7 +1914,7 @@ def test_what_a_folder_holds_beside_its_classes_is_said(tmp_path, printed):
     assert (len(data.val), len(data.test)) == (3, 3)
     assert "6 files skipped (5 .heic, 1 .db); convert" in said
     assert "1 of 2 classes have no test image: b" in said
-    assert f"{root}: 3 images are in no class, {root}/dev/a/000.png first" in said
+    assert f"{root}: 3 images are in no class, {root}/more/a/000.png first" in said
     shutil.rmtree(root / "test")
     loaded(root)
     assert "no test/CLASS/*; valid/ is tested on" in printed()
@@ -2052,7 +2054,6 @@ def test_importance_takes_the_images_of_the_class_after_some_of_another_were_los
     stage = SimpleNamespace(classes=np.array([4]), log_alpha=torch.zeros(6))
     args = SimpleNamespace(importance="taylor", importance_images=4)
     def scores():
-        """The importance of the weights to class 4."""
         loader = Loader(data, CPU, 8, stats=(torch.zeros(3), torch.full((3,), 255.0)))
         return do_lt.importance(Network(model), stage, loader, args)
     whole = scores()
@@ -2333,7 +2334,7 @@ BOTH_SCRIPTS = [
     ("{tiny} --imb 1e6", "has no training image; drop the class"),
     ("{tiny} --size -5", "--size: -5: must be at least 8"),
     ("{tiny} --size 64", "--size 64: "),
-    ("{tiny} --arch googlenet", "--arch googlenet: unknown"),
+    *[(f"{{tiny}} --arch {name}", f"--arch {name}: unknown") for name in ("googlenet", "mnasnet0_5")],
     ("{tiny} --arch vit_b_16", "--arch vit_b_16 cannot take images of 8 pixels"),
     ("{tiny} --arch timm:no_such", "timm.list_models"),
     ("{tiny} --arch timm:resnet18.no_such_tag", "Invalid pretrained tag"),
@@ -2491,8 +2492,9 @@ LOADS = {  # what people have: (content of the file, what is said of it)
     "byol": (under("target_network.", OTHER) | under("online_network.", BODY), "online_network.*"),
     "averaged": ({"state_dict": OTHER, "state_dict_ema": BODY, "epoch": 3}, "state_dict_ema.*"),
     "uncounted": ({k: v for k, v in BODY.items() if "num_batches" not in k}, "95 tensors"),
-    "profiled": (BODY | {"total_ops": torch.zeros(1), "blocks.0.total_params": torch.zeros(1)},
-                 "*"),
+    "profiled": (BODY | dict.fromkeys(["total_ops", "fc.total_params"], torch.zeros(1)), "*"),
+    "extractor": ({"state_dict": {f"body.b{key}": value for key, value in BODY.items()} |
+                   under("last.", {"weight": torch.ones(7, 64)})}, "state_dict.*"),
     "half": ({k: v.half() if v.is_floating_point() else v for k, v in BODY.items()}, "*"),
     "objects": ({"model": BODY, "args": SimpleNamespace(lr=0.1), "log": defaultdict(list, a=[1]),
                  "array": np.arange(3.0), "path": Path("x"), "n": np.int64(3)}, "model.*"),
@@ -2597,9 +2599,12 @@ def test_tables_of_patients_and_of_parts(lesions, tmp_path):
     assert len(set.union(*parts)) == sum(map(len, parts))
     assert len(data.test) >= 10
     assert data.counts.min() > 0
-    parts = itertools.cycle(["train", "Train", "valid", "test"])
-    data = read_csv(tmp_path, "path,class,split", "{0[0]},{0[1]},{1}", zip(lesions, parts))
+    read = lambda *parts: read_csv(tmp_path, "path,class,split", "{0[0]},{0[1]},{1}",
+                                   zip(lesions, itertools.cycle(parts)))
+    data = read("train", "Train", "validate", "test")
     assert (len(data.train), len(data.val), len(data.test)) == (30, 14, 14)
+    with refused("'id_test'.*write train, val or test into each cell of split"):
+        read("train", "id_test", "test")
 
 @pytest.mark.parametrize("head, row, cells, classes", [
     *[("image,Finding Labels", '{0[0]},"{1}"', cells.split(), ["big", "dark", "round"])
@@ -2633,6 +2638,7 @@ def test_names_of_classes_in_tables(row, classes, lesions, tmp_path):
     ("image,label,group", {"group": "nurse"}, "has no column nurse; it has image, label, group"),
     ("image,label,group", {"columns": ["image", "group", "label"]}, "which of the columns image, label"),
     ("f,g\r\nno,where\r\n", {}, "no column names images below"),
+    ("na_009.png,naevus,p", {}, "the names of the columns in the first line"),
 ])
 def test_bad_tables_are_one_line(head, flags, said, lesions, tmp_path):
     below = [] if head.endswith("\n") else lesions
@@ -2642,11 +2648,10 @@ def test_bad_tables_are_one_line(head, flags, said, lesions, tmp_path):
 
 def test_tables_that_could_be_misread(tmp_path):
     files = [f"{i}.jpg" for i in range(12)]
-    for name in (*files, "7.png"):
+    for name in (*files, "7.png", *(f"again/{file}" for file in files)):  # the same twice: once
         photograph(tmp_path / name)
     table = tmp_path / "t.csv"
     def read(head, rows, **flags):
-        """The dataset of a table of these lines."""
         table.write_text("\n".join([head, *rows]))
         return loaded(table, tmp_path, **flags)
     data = read("id,image,label", [f"{11 - i},{f},{'ab'[i % 2]}" for i, f in enumerate(files)])
@@ -2654,7 +2659,7 @@ def test_tables_that_could_be_misread(tmp_path):
         assert label == int(Path(path).stem) % 2, "the number of the line names a file, too"
     with refused("unexpected end of data"):
         read("image,label", ['0.jpg,"a', *(f"{f},b" for f in files)])
-    with refused("1 of .* images are not below .*/7 first"):
+    with refused("1 of .* images are not below .*/7;"):
         read("image,label", [f"{i},{'ab'[i % 2]}" for i in range(12)])  # 7.jpg or its mask
     with refused("which of the columns file, breed, neutered, indoor are labels"):
         read("file,breed,neutered,indoor", [f"{f},{'ab'[i % 2]},0,1" for i, f in enumerate(files)])
@@ -2725,8 +2730,7 @@ def test_classes_of_lists_have_names_of_their_own(tmp_path):
 def test_loose_images_are_no_classes(tmp_path):
     for part in ("train", "test"):
         photograph(tmp_path / part / "0.png")
-    (tmp_path / "train.csv").write_text("image,label\n0.png,a\n")
-    with refused("not test, train; sort .*--dataset .*train.csv --data-root"):
+    with refused("not test, train; sort .*--dataset .*/train"):
         loaded(tmp_path)
 
 def test_a_class_folder_in_another_form_of_unicode(tmp_path):
@@ -2981,6 +2985,11 @@ def test_readme_snippets_run_on_what_either_script_leaves(do_run, more_run, tmp_
     exec(compile(whole, "README.md", "exec"), {})
     classifier = load_classifier(model)
     session = onnxruntime.InferenceSession("model.onnx")
+    several = models.Experts([torch.nn.Identity()], torch.ones(1), torch.zeros(1), True).eval()
+    low = torch.tensor([[-100.0, -18.8, 0.0, 50.0]])
+    torch.onnx.export(several, (low,), "low.onnx", dynamo=True)
+    [found] = onnxruntime.InferenceSession("low.onnx").run(None, {"x": low.numpy()})
+    assert found == approx(torch.nn.functional.logsigmoid(low).numpy())
     monkeypatch.setitem(sys.modules, "models", None)  # as where it is not installed
     exported = torch.export.load("model.pt2").module()
     for n in (1, 5):
