@@ -132,8 +132,8 @@ def longtail_indices(labels, counts, split_seed=0):
     for c, n in enumerate(counts):
         members = np.flatnonzero(labels == c)
         if len(members) < n:
-            raise ValueError(f"class {c} has {len(members)} images, the split needs {n}: take imb "
-                             "keep, unless the first class is the largest, the last the smallest")
+            raise ValueError(f"class {c} has {len(members)} images, the split needs {n}: "
+                             "take a larger imb, or keep")
         rng.shuffle(members)
         kept.append(members[:n])
         left.append(members[n:][:VAL_PER_CLASS])
@@ -328,8 +328,7 @@ def crop_flip(images, rng, pad):
     flip = rng.random((n, 1)) < 0.5
     forwards = np.arange(w)
     columns = left + np.where(flip, forwards[::-1], forwards)
-    rows = top + np.arange(h)
-    rows = to_device(rows, images.device)
+    rows = to_device(top + np.arange(h), images.device)
     columns = to_device(columns, images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     padded = padded.permute(0, 2, 3, 1)  # n x H x W x 3: channels move together
@@ -592,9 +591,10 @@ def decoded(paths, picks, view, key=None, workers=0, pin=False):
             for batch in batches:
                 yield torch.stack(list(pool.map(decoder.__getitem__, batch)))
         return
-    generator = torch.Generator()  # the global one stays as it is
-    loader = torch.utils.data.DataLoader(decoder, batch_sampler=batches, num_workers=workers,
-                                         pin_memory=pin, generator=generator)
+    loader = torch.utils.data.DataLoader(
+        decoder, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+        generator=torch.Generator(),  # the global one stays as it is
+    )
     try:
         yield from loader
         return
@@ -1183,7 +1183,6 @@ FOLDERS = {  # what a part may be called, in small or capital letters
     "valid": "val",
     "validate": "val",
     "validation": "val",
-    "dev": "val",
     "test": "test",
     "testing": "test",
 }
@@ -1222,16 +1221,17 @@ def read_folder(path, split_seed):
     unused = set(image_files(path, skipped))
     say_skipped(path, skipped)
     inside = subfolders(path)
-    parts = [name for name in inside if name.lower() in FOLDERS and subfolders(path / name)]
+    deep = [name for name in inside if subfolders(path / name)]  # others may be classes
+    parts = [name for name in deep if name.lower() in FOLDERS]
     places = {FOLDERS[name.lower()]: path / name for name in parts}
-    words = re.split(r"[\W_]+", " ".join(inside).lower())
-    flat = not parts and len(FOLDERS.keys() & words) < 2  # one class may be called train
+    words = re.split(r"[\W_]+", " ".join(deep).lower())
+    flat = not parts and len(FOLDERS.keys() & (words + inside)) < 2
     usable = places.keys() > {"train"} and len(places) == len(parts)
     if not (flat or usable):
         raise InputError(f"{path}: needs one train/CLASS/* and one test/CLASS/* (or val/), not "
-                         f"{', '.join(inside)}; sort them into CLASS folders, split train/ alone "
-                         f"(--dataset {path}/train), or take a table: --dataset labels.csv "
-                         f"--data-root {path}")
+                         f"{', '.join(inside[:9])}; rename or sort them, split the training "
+                         "images alone (--dataset FOLDER/train), or take a table of labels "
+                         "(--dataset labels.csv --data-root FOLDER)")
     if flat:
         places = {"train": path}
     elif "test" not in places:  # report on val/, tune on what the long-tailed draw leaves out
@@ -1408,7 +1408,7 @@ class Finder:
 
     def __init__(self, root):
         self.known = {}  # what is below the root, name: path; None where files that differ have it
-        for path in image_files(root):
+        for path in filter(os.path.exists, image_files(root)):  # a link may lead nowhere
             below = one_form(path[len(str(root)) :].lstrip("/"))
             last = "*/" + os.path.basename(below)
             for name in (below[: below.rfind(".")], last, last[: last.rfind(".")]):
@@ -1474,7 +1474,8 @@ def find_columns(path, root, table, finder, asked, group):
     if not found[image][0] or image.lower().endswith(IMAGE_SUFFIXES):
         raise InputError(f"{path}: no column names images below {root}, a file each; give their "
                          "--data-root, and the names of the columns in the first line")
-    parts = [name for name in table if len(values[name] & FOLDERS.keys()) > 1]
+    parts = [name for name in table
+             if name not in asked and len(values[name] & FOLDERS.keys()) > 1]
     free = [name for name in table if name not in (image, group, *parts)]
     usual = [name for name in free if name.lower().replace(" ", "_") in LABEL_COLUMNS]
     labels = asked[1:] or usual or free
@@ -1518,8 +1519,7 @@ def column_labels(path, table, chosen):
         names, labels = as_labels(cell_labels(table[chosen[0]]))
     else:
         marks = [[cell.lower() in YES for cell in table[name]] for name in chosen]
-        marked = [list(compress(chosen, line)) for line in zip(*marks)]
-        names, labels = as_labels(marked)
+        names, labels = as_labels([list(compress(chosen, line)) for line in zip(*marks)])
         unused = [name for name in chosen if name not in names]
         if unused:
             print(f"note: {path}: no image is {', '.join(unused)}")
@@ -1877,7 +1877,7 @@ def several(kind):
     """A flag's type: a list of what the type `kind` reads, with commas between."""
     def read(text):
         """The list that the text says."""
-        return [kind(part.strip()) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     read.__name__ = f"{kind.__name__} list"
     return read
 

@@ -815,13 +815,12 @@ def aggregate(networks, kinds, stages, loader, args):
     def accuracies(names):
         """{name: top_1}."""
         return {name: top_1(found[name], split, data) for name in names}
-    alone = [f"alone {t}" for t in range(len(stages))]
     return {
         "product": kinds["product"],
         "group_lambda": group.tolist(),
         "lambda_by_group": by_group,
         "aggregations": accuracies(("instance", "group", "mean", "product")),
-        "alone": list(accuracies(alone).values()),
+        "alone": list(accuracies(f"alone {t}" for t in range(len(stages))).values()),
         "bar": accuracies(list(kinds)[1:]),
         "oracle_by_true_group": accuracies(["oracle"])["oracle"],
     }

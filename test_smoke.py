@@ -605,7 +605,6 @@ def test_auto_takes_bf16_where_it_is_native_alone(monkeypatch, printed):
 def test_a_compiled_model_runs_compiled_in_training_alone():
     calls = []
     def backend(graph, inputs):
-        """Counts the calls."""
         def call(*values):
             calls.append(len(values))
             return graph(*values)
@@ -1885,11 +1884,11 @@ def test_parts_have_their_usual_names(tmp_path):
     for place in ("photos/test", "intel/seg_train", "intel/seg_test"):
         fill(tmp_path / place / "cat", 1)
     for name, said in (("photos", "Testing, Training, test"), ("intel", "seg_test, seg_train")):
-        with refused(f"not {said}; sort"):
+        with refused(f"not {said}; rename"):
             loaded(tmp_path / name)
-    for vehicle in ("bus", "train"):
+    for vehicle in ("test tube", "train"):
         fill(tmp_path / "vehicles" / vehicle, 3)
-    assert loaded(tmp_path / "vehicles", size=16).class_names == ["bus", "train"]
+    assert loaded(tmp_path / "vehicles", size=16).num_classes == 2
 
 def test_what_a_folder_holds_beside_its_classes_is_said(tmp_path, printed):
     root = tmp_path / "photos"
@@ -2650,6 +2649,7 @@ def test_tables_that_could_be_misread(tmp_path):
     files = [f"{i}.jpg" for i in range(12)]
     for name in (*files, "7.png", *(f"again/{file}" for file in files)):  # the same twice: once
         photograph(tmp_path / name)
+    (tmp_path / "again" / "0.png").symlink_to("nowhere")
     table = tmp_path / "t.csv"
     def read(head, rows, **flags):
         table.write_text("\n".join([head, *rows]))
@@ -2730,7 +2730,7 @@ def test_classes_of_lists_have_names_of_their_own(tmp_path):
 def test_loose_images_are_no_classes(tmp_path):
     for part in ("train", "test"):
         photograph(tmp_path / part / "0.png")
-    with refused("not test, train; sort .*--dataset .*/train"):
+    with refused("not test, train; rename or sort"):
         loaded(tmp_path)
 
 def test_a_class_folder_in_another_form_of_unicode(tmp_path):
