@@ -31,7 +31,6 @@ PAPER = "paper_cifar100_imb100_resnet32_200ep"
 MIML = "base_bce_miml_adamw_lite0_40ep"
 MIML50 = "base_bce_miml_imb50_adamw_lite0_40ep"
 SGD = "base_bce_miml_imb50_sgd_lite0_40ep"
-SCRATCH = "base_bce_miml_scratch_resnet18_15ep"
 PAIR = "base_bsce_paper_cifar100_imb100_resnet32_200ep"
 PHOTOS = "base_bsce_caltech101_lite0_14ep"
 CE_PHOTOS = "base_ce_caltech101_lite0_14ep"
@@ -87,8 +86,6 @@ TABLES = {
          [VIEWS] * 2, ""),
         ("the same, `--discrepancy l2`", [MIML, MIML.replace("base", "more_l2")],
          [VIEWS] * 2, ""),
-        ("MIML from scratch (ResNet-18): MORE minus BCE",
-         [SCRATCH, SCRATCH.replace("base", "more_mse")], [VIEWS] * 2, ""),
         ("MIML at ratio 50, l2, under SGD at rate 0.02", [SGD, SGD.replace("base", "more_l2")],
          [VIEWS] * 2, ""),
     ]),
